@@ -1,0 +1,1 @@
+"""bhyve, FreeBSD's virtual machine monitor, for Linux."""
