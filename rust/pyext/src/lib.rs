@@ -1,0 +1,1 @@
+//! The Python face of vmm: module `pybhyve._vmm`.

@@ -1,0 +1,1 @@
+//! In-kernel devices: what bhyve keeps in sys/amd64/vmm/io.
