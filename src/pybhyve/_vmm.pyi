@@ -21,20 +21,28 @@ SUSPEND_TRIPLEFAULT: Final = 4
 SUSPEND_DESTROY: Final = 5
 
 # Exit codes of Vcpu.run: element 0 of the tuple.  The numbers are vmm.h's.
-EXIT_INOUT: Final = 0  # (EXIT_INOUT, port, size, value) OUT; value None: IN, answer with complete()
+EXIT_INOUT: Final = (
+    0  # (EXIT_INOUT, port, size, value) OUT; value None: IN, answer with complete()
+)
 EXIT_BOGUS: Final = 2  # (EXIT_BOGUS,) run again (a kick)
 EXIT_RDMSR: Final = 3  # (EXIT_RDMSR, msr): answer with complete() or inject_exception()
-EXIT_WRMSR: Final = 4  # (EXIT_WRMSR, msr, value): answer with complete(0) or inject_exception()
+EXIT_WRMSR: Final = (
+    4  # (EXIT_WRMSR, msr, value): answer with complete(0) or inject_exception()
+)
 EXIT_HLT: Final = 5  # (EXIT_HLT,)
 EXIT_MTRAP: Final = 6  # (EXIT_MTRAP,) one instruction done
 EXIT_PAUSE: Final = 7  # (EXIT_PAUSE,)
 EXIT_INST_EMUL: Final = 9  # (EXIT_INST_EMUL, gpa, size, value) MMIO write; value None: read, answer with complete()
 EXIT_IOAPIC_EOI: Final = 13  # (EXIT_IOAPIC_EOI, vector)
 EXIT_SUSPENDED: Final = 14  # (EXIT_SUSPENDED, how)
-EXIT_DEBUG: Final = 21  # (EXIT_DEBUG,) the vCPU is suspended: run() comes back at once or after resume
+EXIT_DEBUG: Final = (
+    21  # (EXIT_DEBUG,) the vCPU is suspended: run() comes back at once or after resume
+)
 EXIT_BPT: Final = 23  # (EXIT_BPT, inst_length)
 EXIT_DB: Final = 25  # (EXIT_DB, dr6)
-EXIT_IPI: Final = 24  # (EXIT_IPI, mode, vector, [destination vcpus]); mode 5 INIT, 6 SIPI
+EXIT_IPI: Final = (
+    24  # (EXIT_IPI, mode, vector, [destination vcpus]); mode 5 INIT, 6 SIPI
+)
 
 # Capabilities, names of vm_capability_name2type().
 CAPABILITIES: Final[tuple[str, ...]]

@@ -1,0 +1,1 @@
+"""What makes the machine a PC: ports, memory ranges, platform devices, tables."""
