@@ -21,6 +21,11 @@ pub const SAFEPOINT: u32 = 1 << 7;
 pub const CODE: u32 = 1 << 8;
 /// The vCPU was suspended with `Vm::suspend_cpu`.
 pub const STOP: u32 = 1 << 9;
+/// The suspension that STOP announced is over.
+pub const RESUME: u32 = 1 << 10;
+
+/// What makes an engine give up control to `Vcpu::run`, also out of HLT.
+pub const RETURN: u32 = KICK | SUSPEND | FREEZE | STOP;
 
 /// Bits posted by any thread, read by the vCPU's own thread at each block boundary.
 ///

@@ -1,5 +1,11 @@
 //! vmm: what FreeBSD keeps in vmm.ko and in silicon.
 
+pub mod caps;
+pub mod error;
 pub mod events;
+pub mod exit;
 pub mod io;
+pub mod memory;
 pub mod platform;
+pub mod regs;
+pub mod stats;
