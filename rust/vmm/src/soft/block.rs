@@ -1,0 +1,257 @@
+//! Decoded blocks and how they are found: by physical address for their life, by linear address
+//! for speed.
+//!
+//! A block never leaves the linear page that it starts in, but for one instruction that straddles
+//! two pages; such a block is found only through the jump cache, whose entries die with any
+//! change of translation.  Blocks belong to one vCPU.  A page with blocks carries the `CODE` flag,
+//! which keeps fast writes away from it; `Cpu::code_written` drops what a write touches.
+
+use super::Cpu;
+use super::op::*;
+use crate::memory::CODE;
+use std::any::Any;
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::ptr;
+
+const JUMP_ENTRIES: usize = 4096;
+/// Ops after which the whole cache is dropped: bounds its memory (about 100 bytes an op).
+const MAX_CACHED_OPS: usize = 600_000;
+
+/// Mode bits that decide how bytes decode.
+pub mod mode {
+    /// 0: 16-bit code, 1: 32, 2: 64.
+    pub const BITS: u8 = 3;
+    /// Stack pointer wider than 16 bits.
+    pub const BIG_STACK: u8 = 1 << 2;
+    /// Segments need no checks.
+    pub const FLAT: u8 = 1 << 3;
+    /// One instruction only.
+    pub const SINGLE: u8 = 1 << 4;
+}
+
+pub struct Block {
+    pub ops: Box<[Op]>,
+    /// Where a handler's own data lives: instructions of slow handlers, native stubs.
+    pub data: Vec<Box<dyn Any>>,
+    /// Successors in the same page: not taken, taken.
+    pub links: [Cell<*const Block>; 2],
+    pub valid: Cell<bool>,
+    /// Physical address and length of its bytes.
+    pub gpa: u64,
+    pub len: u64,
+    /// Physical page of the second part of a straddling instruction.
+    pub gpa2: Option<u64>,
+    /// Key in the cache's map.
+    pub(super) key: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Jump {
+    lin: u64,
+    key: u64,
+    block: *const Block,
+}
+
+/// Multiplicative hash of page numbers and block keys, which are not the guest's to choose freely
+/// beyond where its code lies.
+#[derive(Default)]
+pub struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &b in bytes {
+            self.write_u64(u64::from(b));
+        }
+    }
+    fn write_u64(&mut self, v: u64) {
+        self.0 = (self.0.rotate_left(5) ^ v).wrapping_mul(0x517C_C1B7_2722_0A95);
+    }
+}
+
+type Map<V> = HashMap<u64, V, BuildHasherDefault<KeyHasher>>;
+
+pub struct Cache {
+    jumps: Box<[Jump]>,
+    /// Part of every jump entry's key; changing it empties the jump cache.
+    jump_gen: u64,
+    map: Map<*const Block>,
+    pages: Map<Vec<*const Block>>,
+    blocks: Vec<Box<Block>>,
+    ops: usize,
+    pub mode: u8,
+    /// The block being run.
+    pub current: *const Block,
+    /// Instructions completed.
+    pub retired: u64,
+    pub decoded: u64,
+    pub invalidated: u64,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Cache {
+            jumps: vec![Jump { lin: 0, key: 0, block: ptr::null() }; JUMP_ENTRIES].into(),
+            jump_gen: 1,
+            map: Map::default(),
+            pages: Map::default(),
+            blocks: Vec::new(),
+            ops: 0,
+            mode: 0,
+            current: ptr::null(),
+            retired: 0,
+            decoded: 0,
+            invalidated: 0,
+        }
+    }
+}
+
+fn key(gpa: u64, mode: u8) -> u64 {
+    gpa << 8 | u64::from(mode)
+}
+
+impl Cache {
+    pub fn flush_jumps(&mut self) {
+        self.jump_gen += 1;
+    }
+
+    pub fn set_mode(&mut self, bits: u32, big_stack: bool, flat: bool) {
+        self.mode = (bits / 32) as u8
+            | if big_stack { mode::BIG_STACK } else { 0 }
+            | if flat { mode::FLAT } else { 0 };
+    }
+
+    fn jump_key(&self, user: bool) -> u64 {
+        self.jump_gen << 8 | u64::from(self.mode) | u64::from(user) << 7
+    }
+
+    /// Block for a linear address, if the jump cache has it.
+    #[inline(always)]
+    pub fn jump(&self, lin: u64, user: bool) -> *const Block {
+        let j = &self.jumps[(lin ^ lin >> 12) as usize % JUMP_ENTRIES];
+        if j.lin == lin && j.key == self.jump_key(user) { j.block } else { ptr::null() }
+    }
+
+    pub fn add_jump(&mut self, lin: u64, user: bool, block: *const Block) {
+        let key = self.jump_key(user);
+        self.jumps[(lin ^ lin >> 12) as usize % JUMP_ENTRIES] = Jump { lin, key, block };
+    }
+
+    /// Block for a physical address; `gpa2` is where the following page is, if it is known.
+    pub fn get(&self, gpa: u64, single: bool) -> Option<*const Block> {
+        let m = self.mode | if single { mode::SINGLE } else { 0 };
+        self.map.get(&key(gpa, m)).copied()
+    }
+
+    /// Too much cached: `drop_blocks` is due.
+    pub fn full(&self) -> bool {
+        self.ops > MAX_CACHED_OPS
+    }
+}
+
+/// Handler that replaces those of a block whose code has been overwritten while it runs.
+unsafe fn overwritten(cpu: &mut Cpu, op: *const Op) -> Flow {
+    // SAFETY: called as a handler, with its op; `current` is the block of that op.
+    let (op, n) = unsafe { (&*op, (*cpu.cache.current).ops.len() as u64) };
+    cpu.rip = op.rip(cpu) & cpu.rip_mask();
+    // `run` will count the whole block.
+    cpu.cache.retired = cpu.cache.retired.wrapping_sub(n - u64::from(op.pos));
+    BREAK
+}
+
+impl Cpu {
+    /// Take a decoded block into the cache.
+    pub fn insert(&mut self, mut block: Box<Block>, single: bool) -> *const Block {
+        let m = self.cache.mode | if single { mode::SINGLE } else { 0 };
+        block.key = key(block.gpa, m);
+        let p: *const Block = &*block;
+        let pages = [Some(block.gpa >> 12), block.gpa2.map(|g| g >> 12)];
+        self.cache.ops += block.ops.len();
+        self.cache.decoded += 1;
+        self.cache.map.insert(block.key, p);
+        self.cache.blocks.push(block);
+        for page in pages.into_iter().flatten() {
+            self.cache.pages.entry(page).or_default().push(p);
+        }
+        p
+    }
+
+    /// Before decoding from a physical page: see to it that writes to it will be noticed.
+    pub fn watch_code_page(&mut self, gpa: u64) {
+        if !self.cache.pages.contains_key(&(gpa >> 12)) || self.page_flags(gpa) & CODE == 0 {
+            self.protect_code_page(gpa & !0xFFF);
+            self.cache.pages.entry(gpa >> 12).or_default();
+        }
+    }
+
+    /// Bytes of guest memory were written where code may be: drop the blocks that they touch here,
+    /// and tell the other vCPUs.
+    pub fn code_written(&mut self, gpa: u64, len: u64) {
+        self.invalidate(gpa, len);
+        let me = self.id;
+        for v in &self.vm().vcpus {
+            if v.id != me {
+                v.post_code_write(gpa, len);
+            }
+        }
+    }
+
+    /// Drop this vCPU's blocks that overlap the bytes.
+    pub fn invalidate(&mut self, gpa: u64, len: u64) {
+        let mut page = gpa >> 12;
+        while page <= (gpa + len - 1) >> 12 {
+            if let Some(list) = self.cache.pages.get_mut(&page) {
+                let hit: Vec<*const Block> = list
+                    .extract_if(.., |&mut b| {
+                        // SAFETY: blocks live until `drop_blocks`, which empties the lists.
+                        let b = unsafe { &*b };
+                        touches(b, gpa, len)
+                    })
+                    .collect();
+                for b in hit {
+                    self.kill(b);
+                }
+            }
+            page += 1;
+        }
+    }
+
+    fn kill(&mut self, b: *const Block) {
+        // SAFETY: as in `invalidate`.
+        let block = unsafe { &*b };
+        if !block.valid.replace(false) {
+            return;
+        }
+        self.cache.invalidated += 1;
+        if self.cache.map.get(&block.key) == Some(&b) {
+            self.cache.map.remove(&block.key);
+        }
+        if b == self.cache.current {
+            for op in &block.ops {
+                op.f.set(overwritten);
+            }
+        }
+    }
+
+    /// Drop all blocks.  Only between blocks.
+    pub fn drop_blocks(&mut self) {
+        let c = &mut self.cache;
+        c.map.clear();
+        c.pages.clear();
+        c.blocks.clear();
+        c.ops = 0;
+        c.current = ptr::null();
+        c.flush_jumps();
+    }
+}
+
+fn touches(b: &Block, gpa: u64, len: u64) -> bool {
+    let first = 0x1000 - (b.gpa & 0xFFF);
+    let (a, n) = (b.gpa, b.len.min(first));
+    let over = |a: u64, n: u64| a < gpa + len && gpa < a + n;
+    over(a, n) || b.gpa2.is_some_and(|g| over(g, b.len - first))
+}
