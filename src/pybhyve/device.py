@@ -55,5 +55,5 @@ class Device:
         Raises ValueError for a version, or values, that `save` never gives.
         """
 
-    def dsdt(self, aml: Any) -> None:  # noqa: ANN401  # the builder comes with ACPI
+    def dsdt(self, aml: Any) -> None:  # the builder comes with ACPI
         """Write what ACPI's DSDT says about the device, if anything."""

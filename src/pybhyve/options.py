@@ -62,7 +62,7 @@ class Key:
     preset: bool = False  # in the tree, and so in the dump, from the start
     deprecated: str | None = None  # the variable to use instead
 
-    def value_of(self, node: Node | None) -> Any:  # noqa: ANN401  # the key says
+    def value_of(self, node: Node | None) -> Any:  # the key says
         """The typed value in ``node``, or the default."""
         text = node.get(self.name) if node is not None else None
         if node is None or text is None:
@@ -89,30 +89,24 @@ class Key:
 
 @dataclass(slots=True, frozen=True)
 class Group:
-    """Nodes below a node that are numbered or named by the user: ``port.N.…``."""
+    """Numbered nodes below a node: ``port.N.…``."""
 
     name: str
     options: type[Options]
-    number: bool
     doc: str
 
-    def value_of(self, node: Node | None) -> Mapping[Any, Any]:
-        """The parsed options of each member, in the order of the numbers if numbered.
+    def has(self, member: str) -> bool:
+        """Whether a node of that name is a member, that is, a number."""
+        return member.isascii() and member.isdigit() and len(member) < 10
 
-        Raises ConfigError where a member's name is no number from 0 on but should be.
-        """
+    def value_of(self, node: Node | None) -> Mapping[int, Options]:
+        """The parsed options of each member, in the order of the numbers."""
         members = node.node(self.name) if node is not None else None
-        parsed: dict[Any, Any] = {}
+        parsed: dict[int, Options] = {}
         for name, child in members.children() if members is not None else ():
-            if not self.number:
-                parsed[name] = self.options.parse(child)
-            elif name.isascii() and name.isdigit() and len(name) < 10:
+            if self.has(name):
                 parsed[int(name)] = self.options.parse(child)
-            else:
-                raise ConfigError(f"{child.path}: expected a number, not '{name}'")
-        if self.number:
-            parsed = dict(sorted(parsed.items()))
-        return MappingProxyType(parsed)
+        return MappingProxyType(dict(sorted(parsed.items())))
 
 
 @dataclass(slots=True, frozen=True)
@@ -221,12 +215,7 @@ def key(
 
 def numbered(options: type[O], *, doc: str, name: str = "") -> Mapping[int, O]:
     """Declare nodes ``name.N``, N a number, each of which holds ``options``."""
-    return cast("Mapping[int, O]", Group(name, options, True, doc))
-
-
-def named(options: type[O], *, doc: str, name: str = "") -> Mapping[str, O]:
-    """Declare nodes ``name.WORD``, each of which holds ``options``."""
-    return cast("Mapping[str, O]", Group(name, options, False, doc))
+    return cast("Mapping[int, O]", Group(name, options, doc))
 
 
 def one_of(*words: str) -> Callable[[str], str]:
@@ -272,14 +261,13 @@ class Options:
                 groups[attribute] = Group(
                     declared.name or attribute,
                     declared.options,
-                    declared.number,
                     declared.doc,
                 )
                 delattr(cls, attribute)
         cls.keys = MappingProxyType(keys)
         cls.groups = MappingProxyType(groups)
 
-    def __init__(self, **values: Any) -> None:  # noqa: ANN401  # the keys say
+    def __init__(self, **values: Any) -> None:  # the keys say
         for attribute, declared in self.keys.items():
             if attribute not in values and isinstance(declared.default, _Required):
                 raise TypeError(f"{type(self).__name__}: {attribute} is required")
@@ -352,8 +340,7 @@ class Options:
                 declared.doc,
             )
         for group in cls.groups.values():
-            member = "N" if group.number else "NAME"
-            yield from group.options.describe(f"{prefix}{group.name}.{member}.")
+            yield from group.options.describe(f"{prefix}{group.name}.N.")
 
     @classmethod
     def unknown(cls, node: Node) -> Iterator[str]:
@@ -367,13 +354,15 @@ class Options:
                 continue
             first, _, below = name.partition(".")
             group = groups.get(first)
-            if group is not None and "." in below:
+            member, dot, _ = below.partition(".")
+            if group is not None and dot and group.has(member):
                 continue
             yield path
         for name, group in groups.items():
             members = node.node(name)
-            for _, child in members.children() if members is not None else ():
-                yield from group.options.unknown(child)
+            for member, child in members.children() if members is not None else ():
+                if group.has(member):
+                    yield from group.options.unknown(child)
 
 
 def parse_legacy_config(node: Node, text: str) -> None:

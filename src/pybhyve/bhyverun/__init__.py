@@ -1,0 +1,1 @@
+"""The ``bhyve`` program: command line, bring-up, vCPU threads, exits."""

@@ -1,0 +1,214 @@
+"""The machine: one VM with its buses, its devices and its event loop.
+
+Devices get it when they are built and keep it.  It walks them in the order in which
+they were added to start, resume, reset and restore, and backwards to pause, save and
+halt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from enum import Enum
+from typing import Any, Final
+
+from pybhyve.amd64.inout import InoutTable
+from pybhyve.amd64.mem import MemBus
+from pybhyve.bhyverun.vcpus import BSP, VcpuThreads
+from pybhyve.bhyverun.vmexit import vcpu_loop
+from pybhyve.config import Config
+from pybhyve.device import Device
+from pybhyve.errors import BhyveError, DeviceError
+from pybhyve.mevent import EventLoop
+from pybhyve.variables import GlobalOptions
+from pybhyve.vmmapi import SuspendHow, Vcpu, VmCtx
+
+STATE_VERSION: Final = 1
+JOIN_SECONDS: Final = 5.0  # for a vCPU thread to come out of a device
+
+
+class Phase(Enum):
+    """Where a machine is in its life."""
+
+    SETUP = "being set up"
+    RUNNING = "running"
+    PAUSED = "paused"
+    HALTED = "halted"
+
+
+class Machine:
+    """All parts of one running VM."""
+
+    def __init__(
+        self, ctx: VmCtx, config: Config, options: GlobalOptions, ncpu: int
+    ) -> None:
+        """``ctx`` has its memory set up; ``options`` are the values of ``config``."""
+        self.ctx = ctx
+        self.vm = ctx.vm
+        self.config = config
+        self.options = options
+        self.ncpu = ncpu
+        self.mevent = EventLoop()
+        self.inout = InoutTable(strict=options.x86_strictio)
+        self.mem = MemBus(ncpu)
+        self.devices: dict[str, Device] = {}
+        """Every device, in the order of registration."""
+        self.phase = Phase.SETUP
+        self._vcpus: VcpuThreads | None = None
+
+    def add_device(self, name: str, device: Device) -> None:
+        """Have the machine look after a device; the name is its name in saved states.
+
+        Raises DeviceError where the name is taken.
+        """
+        if name in self.devices:
+            raise DeviceError(f"device {name} is there already")
+        self.devices[name] = device
+
+    # -- running ---------------------------------------------------------------------
+
+    def start(self, affinity: Mapping[int, Collection[int]] | None = None) -> None:
+        """Start the devices and the vCPU threads; no vCPU runs before `run`."""
+
+        def loop(vcpu: Vcpu) -> SuspendHow:
+            return vcpu_loop(self, vcpu)
+
+        self._expect(Phase.SETUP)
+        for device in self.devices.values():
+            device.start()
+        self._vcpus = VcpuThreads(
+            self.vm, self.ncpu, affinity or {}, loop, self.mevent.stop
+        )
+        self._vcpus.start()
+        self.phase = Phase.RUNNING
+
+    def run(self) -> SuspendHow | int:
+        """Let the BSP run and dispatch events until the VM ends.
+
+        Returns why, or the exit status that a device asked for with `exit`.  Raises the
+        BhyveError that ended it.  The caller goes on with `halt`.
+        """
+        self.vcpus.resume_cpu(BSP)
+        return self.dispatch()
+
+    def dispatch(self) -> SuspendHow | int:
+        """Dispatch events until the VM ends: `run` for a machine that runs already."""
+        result = self.mevent.run()
+        if isinstance(result, BhyveError):
+            raise result
+        if not isinstance(result, int):
+            raise BhyveError("the event loop ended without a reason")
+        return result
+
+    @property
+    def vcpus(self) -> VcpuThreads:
+        """The vCPU threads; only after `start`."""
+        if self._vcpus is None:
+            raise RuntimeError("the machine has not started")
+        return self._vcpus
+
+    def halt(self) -> None:
+        """End vCPU threads and devices, whatever state they are in."""
+        if self.phase is Phase.HALTED:
+            return
+        self.phase = Phase.HALTED
+        if self._vcpus is not None:
+            self.ctx.suspend(SuspendHow.POWEROFF)
+            for index in range(self.ncpu):
+                self.vm.resume_cpu(index)
+            self._vcpus.join(JOIN_SECONDS)
+        for device in reversed(self.devices.values()):
+            device.halt()
+        self.mevent.close()
+
+    # -- what devices and the control socket may ask ---------------------------------
+
+    def request_reset(self) -> None:
+        """The guest asked for a reset.  Any thread."""
+        self.ctx.suspend(SuspendHow.RESET)
+
+    def request_poweroff(self) -> None:
+        """The guest asked to be switched off.  Any thread."""
+        self.ctx.suspend(SuspendHow.POWEROFF)
+
+    def exit(self, status: int) -> None:
+        """End the program with an exit status of a device's own.  Any thread."""
+        self.mevent.stop(status)
+
+    # -- state -----------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop vCPUs, clock and devices.  Any thread but a vCPU's."""
+        self._expect(Phase.RUNNING)
+        self.vcpus.pause()
+        for device in reversed(self.devices.values()):
+            device.pause()
+        self.vm.pause_clock()
+        self.phase = Phase.PAUSED
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._expect(Phase.PAUSED)
+        self.vm.resume_clock()
+        for device in self.devices.values():
+            device.resume()
+        self.phase = Phase.RUNNING
+        self.vcpus.resume()
+
+    def reset(self) -> None:
+        """Everything as after power-on, RAM included; the machine is paused."""
+        self._expect(Phase.PAUSED)
+        self.vm.reinit()
+        for device in self.devices.values():
+            device.reset()
+
+    def save(self) -> dict[str, Any]:
+        """The state of vCPUs, in-kernel devices and devices as plain values.
+
+        Of memory it has the layout; the contents are the caller's to copy.  The machine
+        is paused.
+        """
+        self._expect(Phase.PAUSED)
+        return {
+            "version": STATE_VERSION,
+            "memsegs": [list(segment) for segment in self.vm.memsegs()],
+            "memmap": [list(mapping) for mapping in self.vm.memmap()],
+            "devices": {
+                name: device.save() for name, device in reversed(self.devices.items())
+            },
+            "kernel": self.vm.save_devices(),
+            "vcpus": [self.vm.vcpu(index).save() for index in range(self.ncpu)],
+            "suspended": sorted(self.vcpus.debugged),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take a state that `save` gave, of a machine that is configured the same.
+
+        The machine is paused, or has started but not run.  Raises BhyveError where the
+        state is of another machine, ValueError or KeyError where it is damaged.
+        """
+        self._expect(Phase.PAUSED)
+        if state["version"] != STATE_VERSION:
+            raise ValueError(f"state version {state['version']}")
+        here = {
+            "memory": [list(segment) for segment in self.vm.memsegs()],
+            "devices": sorted(self.devices),
+            "vCPUs": self.ncpu,
+        }
+        there = {
+            "memory": state["memsegs"],
+            "devices": sorted(state["devices"]),
+            "vCPUs": len(state["vcpus"]),
+        }
+        for what, value in here.items():
+            if value != there[what]:
+                raise BhyveError(f"the saved state is of a machine with other {what}")
+        for index, saved in enumerate(state["vcpus"]):
+            self.vm.vcpu(index).restore(saved)
+        self.vm.restore_devices(state["kernel"])
+        for name, device in self.devices.items():
+            device.restore(state["devices"][name])
+        self.vcpus.debugged = frozenset(state["suspended"])
+
+    def _expect(self, phase: Phase) -> None:
+        if self.phase is not phase:
+            raise RuntimeError(f"the machine is {self.phase.value}, not {phase.value}")

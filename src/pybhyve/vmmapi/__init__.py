@@ -1,0 +1,50 @@
+"""What the userland sees of a VM: libvmmapi's nouns, thin over the native module.
+
+Nothing else imports `pybhyve._vmm`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pybhyve._vmm import CAPABILITIES, REGISTERS, MemView, Vcpu, Vm, VmmError
+from pybhyve.vmmapi.ctx import VM_BOOTROM, VM_FRAMEBUFFER, VM_PCIROM, VmCtx, VmPhase
+from pybhyve.vmmapi.exits import Exit, SuspendHow
+from pybhyve.vmmapi.memory import (
+    GB,
+    HIGHMEM_BASE,
+    KB,
+    LOWMEM_LIMIT,
+    MB,
+    PAGE_SIZE,
+    parse_memsize,
+    size_text,
+)
+
+__all__ = [
+    "CAPABILITIES",
+    "GB",
+    "HIGHMEM_BASE",
+    "KB",
+    "LOWMEM_LIMIT",
+    "MB",
+    "PAGE_SIZE",
+    "REGISTERS",
+    "VM_BOOTROM",
+    "VM_FRAMEBUFFER",
+    "VM_MAXCPU",
+    "VM_PCIROM",
+    "Exit",
+    "MemView",
+    "SuspendHow",
+    "Vcpu",
+    "Vm",
+    "VmCtx",
+    "VmPhase",
+    "VmmError",
+    "parse_memsize",
+    "size_text",
+]
+
+VM_MAXCPU: Final = 254
+"""The most vCPUs a VM can have: xAPIC ids are 8 bits, 255 is everybody."""
