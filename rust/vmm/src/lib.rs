@@ -1,6 +1,7 @@
 //! vmm: what FreeBSD keeps in vmm.ko and in silicon.
 
 pub mod caps;
+pub mod clock;
 pub mod error;
 pub mod events;
 pub mod exit;

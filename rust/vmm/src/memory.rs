@@ -208,6 +208,11 @@ impl GuestMemory {
         self.space.len as u64
     }
 
+    /// The flags of page 0; one byte for each page of `span()`.
+    pub fn page_flags(&self) -> *const AtomicU8 {
+        self.flags.addr.as_ptr().cast_const().cast()
+    }
+
     /// Flags of page number `page` (gpa >> 12); 0 outside of guest-physical space.
     pub fn flags(&self, page: u64) -> u8 {
         if page < self.flags.len as u64 {
@@ -231,6 +236,12 @@ impl GuestMemory {
     pub fn set_code_watcher(&self, watcher: impl Fn(u64, u64) + Send + Sync + 'static) {
         let first = self.code_watcher.set(Box::new(watcher)).is_ok();
         assert!(first, "the code watcher is set once, when the VM is made");
+    }
+
+    /// Note that instructions are about to be decoded from the page at `gpa`.
+    pub fn set_code(&self, gpa: u64) {
+        // A full barrier: see `written`.
+        self.page_flag_word(gpa >> PAGE_SHIFT).fetch_or(CODE, Ordering::SeqCst);
     }
 
     fn pages(gpa: u64, len: u64) -> std::ops::RangeInclusive<u64> {
@@ -368,7 +379,7 @@ impl GuestMemory {
     /// With `clear` the vCPUs must forget that they have marked pages: `Vm::dirty_pages`.
     pub fn dirty_pages(&self, gpa: u64, len: u64, clear: bool) -> Result<Vec<u8>> {
         let end = gpa.checked_add(len).filter(|end| *end <= self.span());
-        if len == 0 || end.is_none() || (gpa | len) % PAGE_SIZE != 0 {
+        if len == 0 || end.is_none() || !(gpa | len).is_multiple_of(PAGE_SIZE) {
             return Err(Error::Invalid(format!(
                 "a dirty log needs whole pages inside guest memory, not {len:#x} bytes at {gpa:#x}"
             )));
@@ -401,7 +412,7 @@ impl GuestMemory {
         length: u64,
         file: Option<BorrowedFd<'_>>,
     ) -> Result<()> {
-        if length == 0 || length % PAGE_SIZE != 0 || i64::try_from(length).is_err() {
+        if length == 0 || !length.is_multiple_of(PAGE_SIZE) || i64::try_from(length).is_err() {
             return Err(Error::Invalid(format!(
                 "memory segment {id}: {length:#x} bytes is not a multiple of 4096"
             )));
@@ -477,7 +488,7 @@ impl GuestMemory {
         if prot & PROT_READ == 0 || prot & !(PROT_READ | PROT_WRITE | PROT_EXEC) != 0 {
             return Err(Error::Invalid(format!("{}: bad protection {prot:#x}", what())));
         }
-        if length == 0 || (gpa | offset | length) % PAGE_SIZE != 0 {
+        if length == 0 || !(gpa | offset | length).is_multiple_of(PAGE_SIZE) {
             return Err(Error::Invalid(format!("{}: not whole pages", what())));
         }
         if offset.checked_add(length).is_none_or(|end| end > segment.length) {
