@@ -1,0 +1,75 @@
+"""A serial port: the chip, the lock around it, and the backend on its line."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from pybhyve.console import Backend
+from pybhyve.lpc.ns16550 import Ns16550
+
+
+class SerialPort:
+    """An :class:`Ns16550` that vCPU threads and the event loop share.
+
+    Lock order: this port's, then the backend's, then the event loop's.
+    """
+
+    def __init__(self, irq: Callable[[bool], None], backend: Backend) -> None:
+        self._lock = threading.Lock()
+        self._backend = backend
+        self._chip = Ns16550(irq, backend)
+
+    def read(self, offset: int, size: int) -> int:
+        """A guest's read at register ``offset``."""
+        with self._lock:
+            return self._chip.read(offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A guest's write at register ``offset``."""
+        with self._lock:
+            self._chip.write(offset, size, value)
+
+    def room(self) -> int:
+        """How many bytes the receiver can take now."""
+        with self._lock:
+            return self._chip.room()
+
+    def receive(self, data: bytes) -> None:
+        """Bytes from the line."""
+        with self._lock:
+            self._chip.receive(data)
+
+    def drained(self) -> None:
+        """The line can take output again."""
+        with self._lock:
+            self._chip.drained()
+
+    def start(self) -> None:
+        """Connect the backend."""
+        self._backend.start(self)
+
+    def resume(self) -> None:
+        """After a restore: this line is not the one the saved chip was waiting for."""
+        self.drained()
+        self._backend.resume_input()
+
+    def halt(self) -> None:
+        """Disconnect the backend."""
+        self._backend.halt()
+
+    def reset(self) -> None:
+        """Master reset of the chip."""
+        with self._lock:
+            self._chip.reset()
+
+    def save(self) -> dict[str, Any]:
+        """The chip's state; the line has none."""
+        with self._lock:
+            return self._chip.save()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave."""
+        with self._lock:
+            self._chip.restore(state)

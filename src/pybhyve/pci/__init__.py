@@ -1,0 +1,1 @@
+"""PCI: buses, and one file per device."""
