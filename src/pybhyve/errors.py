@@ -9,7 +9,8 @@
     ├── ConfigError                   4    a configuration variable or file is wrong
     ├── NotAvailableError             4    in bhyve's manual, not in this version
     ├── DeviceError                   4    a device cannot be set up
-    ├── GuestAbortError                134    the VM ends by SIGABRT, as bhyve's abort()
+    ├── ImageError                    4    a kernel or initrd cannot be loaded
+    ├── GuestAbortError             134    the VM ends by SIGABRT, as bhyve's abort()
     └── VmError                       4    something about a VM as a named thing
         ├── VmNameError               4    not a name a VM can have
         ├── VmExistsError             4    create: the name is taken
@@ -67,6 +68,10 @@ class NotAvailableError(BhyveError):
 
 class DeviceError(BhyveError):
     """A device cannot be set up as it is configured."""
+
+
+class ImageError(BhyveError):
+    """A kernel, or a file that goes with it, cannot be loaded."""
 
 
 class GuestAbortError(BhyveError):

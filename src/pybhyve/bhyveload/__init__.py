@@ -1,0 +1,1 @@
+"""bhyveload: puts a guest operating system into a VM that ``bhyve`` then runs."""
