@@ -1,0 +1,85 @@
+# What one does with pybhyve.  `make` lists it.
+
+PYTHON ?= python3
+GUEST ?= debian12-cloud
+CPUS ?= 1
+MEMORY ?= 512M
+PYTEST_ARGS ?=
+FUZZ_ARGS ?= --seconds 600
+
+VENV := .venv
+BIN := $(VENV)/bin
+CARGO := cargo
+# pyo3 must see the interpreter that the package is installed for.
+export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+RUST_SOURCES := $(shell find rust -path rust/target -prune -o -type f -print)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check lint rust-check bench fuzz-cpu clean
+.DELETE_ON_ERROR:
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "Variables: GUEST=$(GUEST) CPUS=$(CPUS) MEMORY=$(MEMORY) PYTEST_ARGS FUZZ_ARGS"
+
+setup: $(VENV)/.installed ## Build and install into .venv: bhyve, bhyvectl, bhyveload
+
+run: setup ## Boot a Debian kernel to a shell on this terminal
+	@$(BIN)/python -m tools.boot --cpus $(CPUS) --memory $(MEMORY) $(GUEST)
+
+test: check ## Everything: check, unit tests, real guests
+	@echo "== pytest"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint rust-check ## Formatting, lint, types, layers, and the Rust tests
+
+lint: $(VENV)/.developed
+	@echo "== ruff format"; $(BIN)/ruff format --check
+	@echo "== ruff"; $(BIN)/ruff check
+	@echo "== mypy"; $(BIN)/mypy
+	@echo "== stubtest"; $(BIN)/stubtest pybhyve._vmm
+	@echo "== import-linter"; $(BIN)/lint-imports
+
+rust-check: $(VENV)/.developed
+	@echo "== rustfmt"; cd rust && $(CARGO) fmt --check
+	@echo "== clippy"; cd rust && $(CARGO) clippy --workspace --all-targets -- -D warnings
+	@echo "== cargo test"; cd rust && $(CARGO) test -p vmm
+
+bench: $(VENV)/.developed ## Boot times and instructions per second, beside QEMU's TCG
+	@$(BIN)/python -m benchmarks.mips
+	@$(BIN)/python -m benchmarks.boot
+
+fuzz-cpu: setup ## Compare random instructions with this processor, for FUZZ_ARGS
+	@cd rust && $(CARGO) run --release -p vmm --example fuzz_cpu -- $(FUZZ_ARGS)
+
+clean: ## Remove what was built (fetched packages stay in the user's cache)
+	rm -rf $(VENV) build dist rust/target src/pybhyve/*.so
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is not Python 3.11 or newer: make PYTHON=..." >&2; exit 1; }
+	@command -v $(CARGO) > /dev/null || \
+		{ echo "no cargo here: install a Rust toolchain, 1.88 or newer" >&2; exit 1; }
+	@echo "== creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "no venv module here: apt-get install python3-venv" >&2; exit 1; }
+
+$(VENV)/.maturin: $(VENV)/bin/python pyproject.toml
+	@echo "== installing the build tools"
+	@$(BIN)/pip install -q --upgrade 'pip>=25.1'
+	@$(BIN)/pip install -q --group build
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.maturin $(RUST_SOURCES)
+	@echo "== building and installing pybhyve (the first build takes minutes)"
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release
+	@touch $@
+
+$(VENV)/.developed: $(VENV)/.installed pyproject.toml
+	@echo "== installing the development tools"
+	@$(BIN)/pip install -q --group dev
+	@touch $@

@@ -1,0 +1,1 @@
+"""Developer tools: fetched guests, initial file systems, boots."""
