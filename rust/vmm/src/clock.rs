@@ -32,7 +32,7 @@ impl Scale {
     }
 
     fn floor(self, n: u64) -> u64 {
-        (u128::from(n) * u128::from(self.0) >> SCALE_SHIFT) as u64
+        ((u128::from(n) * u128::from(self.0)) >> SCALE_SHIFT) as u64
     }
 
     fn ceil(self, n: u64) -> u64 {
@@ -402,5 +402,218 @@ fn run_timers(shared: &Shared, clock: &Clock, fire: impl Fn(Callout)) {
         // A defect in one device (the panic hook has told of it) must not stop all others' time.
         let _ = catch_unwind(AssertUnwindSafe(|| fire(callout)));
         queue = shared.queue();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+    use std::sync::mpsc::{self, Receiver};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    /// Ticks that `read` counted over some time, and that time's least and greatest length (ns),
+    /// whenever the scheduler let us look.
+    fn count(read: impl Fn() -> u64) -> (u64, u64, u64) {
+        let ns = |from: Instant| from.elapsed().as_nanos() as u64;
+        let outer = Instant::now();
+        let start = read();
+        let inner = Instant::now();
+        thread::sleep(Duration::from_millis(100));
+        let least = ns(inner);
+        (read() - start, least, ns(outer))
+    }
+
+    /// 0.1 %: how well 20 ms of counting can calibrate a busy host.
+    fn about(ticks: u64, least: u64, most: u64) -> bool {
+        (least - least / 1000..=most + most / 1000).contains(&ticks)
+    }
+
+    #[test]
+    fn it_keeps_the_host_s_time() {
+        let clock = Clock::new();
+        let (passed, least, most) = count(|| clock.now());
+        assert!(about(passed, least, most), "{passed} ns, host {least} to {most} ns");
+    }
+
+    #[test]
+    fn tsc_and_clock_are_one() {
+        let clock = Clock::new();
+        let tsc = clock.tsc();
+        let ns = clock.now();
+        let later = clock.tsc();
+        assert!(clock.tsc_to_ns(tsc) <= ns + 1);
+        assert!(ns <= clock.tsc_to_ns(later));
+        clock.pause();
+        assert!(clock.tsc_to_ns(clock.tsc()).abs_diff(clock.now()) <= 1);
+    }
+
+    #[test]
+    fn it_stands_still_while_paused() {
+        let clock = Clock::new();
+        let host = Instant::now();
+        clock.pause();
+        let (now, tsc) = (clock.now(), clock.tsc());
+        thread::sleep(Duration::from_millis(30));
+        assert_eq!((clock.now(), clock.tsc()), (now, tsc));
+        clock.pause();
+        assert_eq!(clock.tsc(), tsc);
+        clock.resume();
+        let resumed = clock.now();
+        let running = host.elapsed().as_nanos() as u64 - 30 * MS;
+        assert!(resumed >= now && resumed - now <= running + MS, "the pause does not count");
+        thread::sleep(Duration::from_millis(1));
+        assert!(clock.now() > resumed);
+    }
+
+    #[test]
+    fn no_thread_sees_it_go_back() {
+        let clock = Clock::new();
+        let (latest, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+        thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        let before = latest.load(Ordering::SeqCst);
+                        let tsc = clock.tsc();
+                        assert!(tsc >= before, "{tsc} after {before}");
+                        latest.fetch_max(tsc, Ordering::SeqCst);
+                    }
+                });
+            }
+            for _ in 0..2000 {
+                clock.pause();
+                clock.resume();
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+    }
+
+    #[test]
+    fn a_restored_clock_goes_on_at_its_own_rate() {
+        let clock = Clock::new();
+        let state = ClockState { version: 1, tsc: 1 << 40, tsc_hz: 1_500_000_000 };
+        clock.restore(&state).unwrap();
+        assert!(clock.tsc() >= 1 << 40);
+        let (ticks, least, most) = count(|| clock.tsc());
+        assert!(about(ticks, least * 3 / 2, most * 3 / 2), "{ticks} ticks in {least} to {most} ns");
+        clock.pause();
+        let saved = clock.save();
+        let other = Clock::new();
+        other.pause();
+        other.restore(&saved).unwrap();
+        assert_eq!((other.save(), other.now()), (saved, clock.now()));
+    }
+
+    #[test]
+    fn a_state_that_makes_no_sense_is_refused() {
+        let clock = Clock::new();
+        for (version, tsc_hz) in [(2, 1 << 30), (1, 0), (1, 1), (1, u64::MAX)] {
+            let state = ClockState { version, tsc: 0, tsc_hz };
+            assert_eq!(clock.restore(&state).unwrap_err().errno(), libc::EINVAL);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_deadline_in_ns_is_never_early(tsc in 0..u64::MAX >> 8, hz in 200_000_000..9_000_000_000_u64) {
+            let scale = Scale::new(hz, NS_PER_S).unwrap();
+            let at = scale.ceil(tsc);
+            prop_assert!(scale.floor(tsc) <= at && at <= scale.floor(tsc) + 1);
+            // The tick before is not there yet, unless it falls into the same nanosecond.
+            prop_assert!(tsc == 0 || scale.floor(tsc - 1) <= at);
+        }
+    }
+
+    fn timers(clock: &Arc<Clock>) -> (Timers, Receiver<(Callout, u64)>) {
+        let (send, fired) = mpsc::channel();
+        let fire_clock = Arc::clone(clock);
+        let timers = Timers::start(Arc::clone(clock), move |callout| {
+            send.send((callout, fire_clock.now())).unwrap();
+        });
+        (timers.unwrap(), fired)
+    }
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn deadlines_fire_in_order_and_not_early() {
+        let clock = Arc::new(Clock::new());
+        let (timers, fired) = timers(&clock);
+        clock.pause();
+        let now = clock.now();
+        timers.arm(Callout::Rtc, now + 30 * MS);
+        timers.arm(Callout::LapicTimer(3), now + 10 * MS);
+        timers.arm(Callout::PitChannel0, now);
+        clock.resume();
+        timers.clock_changed();
+        for (callout, at) in
+            [(Callout::PitChannel0, 0), (Callout::LapicTimer(3), 10), (Callout::Rtc, 30)]
+        {
+            let (which, when) = fired.recv_timeout(SOON).unwrap();
+            assert_eq!(which, callout);
+            assert!(when >= now + at * MS);
+        }
+        assert_eq!(timers.armed(), 0);
+    }
+
+    #[test]
+    fn arming_again_replaces_and_disarming_forgets() {
+        let clock = Arc::new(Clock::new());
+        let (timers, fired) = timers(&clock);
+        clock.pause();
+        let now = clock.now();
+        timers.arm(Callout::Hpet(0), now + 5 * MS);
+        timers.arm(Callout::Hpet(0), now + 40 * MS);
+        timers.arm(Callout::Hpet(1), now + 10 * MS);
+        timers.disarm(Callout::Hpet(1));
+        clock.resume();
+        timers.clock_changed();
+        let (which, when) = fired.recv_timeout(SOON).unwrap();
+        assert_eq!(which, Callout::Hpet(0));
+        assert!(when >= now + 40 * MS);
+        timers.arm(Callout::Rtc, now + 3_600_000 * MS);
+        timers.disarm_all();
+        assert_eq!(timers.armed(), 0);
+    }
+
+    #[test]
+    fn a_paused_clock_fires_nothing() {
+        let clock = Arc::new(Clock::new());
+        let (timers, fired) = timers(&clock);
+        clock.pause();
+        timers.clock_changed();
+        timers.arm(Callout::Rtc, clock.now() + MS);
+        assert!(fired.recv_timeout(Duration::from_millis(30)).is_err());
+        clock.resume();
+        timers.clock_changed();
+        assert_eq!(fired.recv_timeout(SOON).unwrap().0, Callout::Rtc);
+    }
+
+    #[test]
+    fn a_device_that_panics_does_not_stop_time() {
+        let clock = Arc::new(Clock::new());
+        let (send, fired) = mpsc::channel();
+        let timers = Timers::start(Arc::clone(&clock), move |callout| match callout {
+            Callout::Rtc => panic!("a defect, on purpose"),
+            other => send.send(other).unwrap(),
+        });
+        let timers = timers.unwrap();
+        timers.arm(Callout::Rtc, 0);
+        timers.arm(Callout::PitChannel0, clock.now() + 2 * MS);
+        assert_eq!(fired.recv_timeout(SOON), Ok(Callout::PitChannel0));
+    }
+
+    #[test]
+    fn the_thread_ends_with_its_owner() {
+        let clock = Arc::new(Clock::new());
+        let (timers, fired) = timers(&clock);
+        timers.arm(Callout::Rtc, u64::MAX);
+        drop(timers);
+        assert!(fired.recv_timeout(SOON).is_err_and(|e| e == mpsc::RecvTimeoutError::Disconnected));
     }
 }

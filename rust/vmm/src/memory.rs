@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
+use std::os::unix::fs::MetadataExt;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -538,6 +539,12 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Bytes of all segments that the host keeps in memory or in a file's blocks.
+    pub fn resident(&self) -> u64 {
+        let blocks = |s: &Arc<Segment>| s.file.metadata().map_or(0, |m| m.blocks() * 512);
+        self.segments().iter().map(blocks).sum()
+    }
+
     /// Zero all system memory (the segments without a name).
     pub fn clear_sysmem(&self) -> Result<()> {
         for segment in self.segments().iter().filter(|s| s.name.is_empty()) {
@@ -592,4 +599,223 @@ fn anonymous_file(name: &str, length: u64) -> Result<File> {
         cause,
     })?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::mpsc;
+    use std::thread;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+    const RWX: u32 = PROT_READ | PROT_WRITE | PROT_EXEC;
+
+    /// 2 MiB of RAM at 0, 64 KiB of ROM at 4 GiB - 64 KiB.
+    fn machine() -> GuestMemory {
+        let mem = GuestMemory::new().unwrap();
+        mem.create_segment(0, "", 2 * MIB, None).unwrap();
+        mem.create_segment(8, "bootrom", 0x1_0000, None).unwrap();
+        mem.map(0, 0, 0, 2 * MIB, RWX).unwrap();
+        mem.map(0xffff_0000, 8, 0, 0x1_0000, PROT_READ | PROT_EXEC).unwrap();
+        mem
+    }
+
+    fn read<const N: usize>(mem: &GuestMemory, gpa: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        mem.read(gpa, &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let mem = machine();
+        mem.write(0xffd, b"across a page").unwrap();
+        assert_eq!(&read::<13>(&mem, 0xffd), b"across a page");
+        assert_eq!(mem.load::<u32>(0xffd), Some(u32::from_le_bytes(*b"acro")));
+        mem.store(0x2000, 0x1122_3344_5566_7788_u64).unwrap();
+        assert_eq!(mem.load::<u16>(0x2002), Some(0x5566));
+        assert_eq!(mem.load::<u8>(0x2007), Some(0x11));
+    }
+
+    #[test]
+    fn holes_and_ends_are_errors() {
+        let mem = machine();
+        let mut byte = [0];
+        for gpa in [2 * MIB, 0xfffe_ffff, 1 << 32, mem.span(), mem.span() - 1, u64::MAX] {
+            assert!(mem.read(gpa, &mut byte).is_err(), "{gpa:#x}");
+            assert!(mem.write(gpa, &byte).is_err(), "{gpa:#x}");
+            assert_eq!(mem.load::<u64>(gpa), None, "{gpa:#x}");
+            assert_eq!(mem.host(gpa, 1), None, "{gpa:#x}");
+        }
+        assert_eq!(mem.write(2 * MIB - 1, b"ab").unwrap_err().errno(), libc::EFAULT);
+        assert_eq!(read::<1>(&mem, 2 * MIB - 1), [0], "nothing of a bad write is done");
+        assert_eq!(mem.flags(u64::MAX), 0);
+    }
+
+    #[test]
+    fn rom_is_written_by_loaders_only() {
+        let mem = machine();
+        assert_eq!(mem.write(0xffff_fff0, b"\xea").unwrap_err().errno(), libc::EFAULT);
+        assert_eq!(mem.store(0xffff_fff0, 0xea_u8), None);
+        mem.write_rom(0xffff_fff0, b"\xea").unwrap();
+        assert_eq!(mem.load::<u8>(0xffff_fff0), Some(0xea));
+    }
+
+    #[test]
+    fn one_segment_at_two_addresses_is_one_memory() {
+        let mem = machine();
+        mem.map(0x1_0000_0000, 0, MIB, MIB, RWX).unwrap();
+        mem.write(0x1_0000_0010, b"high").unwrap();
+        assert_eq!(&read::<4>(&mem, MIB + 0x10), b"high");
+    }
+
+    #[test]
+    fn maps_do_not_overlap() {
+        let mem = machine();
+        let errno = |gpa, length| mem.map(gpa, 0, 0, length, RWX).unwrap_err().errno();
+        assert_eq!(errno(0, MIB), libc::EEXIST);
+        assert_eq!(errno(MIB, 2 * MIB), libc::EEXIST);
+        assert_eq!(errno(4 * MIB, 4 * MIB), libc::EINVAL, "beyond the segment");
+        assert_eq!(errno(4 * MIB, 0x800), libc::EINVAL, "not whole pages");
+        assert_eq!(errno(mem.span(), MIB), libc::EINVAL, "beyond guest-physical space");
+        assert_eq!(mem.map(4 * MIB, 7, 0, MIB, RWX).unwrap_err().errno(), libc::ENOENT);
+        mem.map(2 * MIB, 0, 0, MIB, RWX).unwrap();
+        let gpas: Vec<_> = mem.maps().iter().map(|m| m.gpa).collect();
+        assert_eq!(gpas, [0, 2 * MIB, 0xffff_0000]);
+    }
+
+    #[test]
+    fn unmapped_memory_is_gone_but_its_content_is_not() {
+        let mem = machine();
+        mem.write(0x5000, b"kept").unwrap();
+        assert_eq!(mem.unmap(0, MIB).unwrap_err().errno(), libc::EINVAL, "not a whole mapping");
+        mem.unmap(0, 2 * MIB).unwrap();
+        assert_eq!(mem.load::<u8>(0x5000), None);
+        mem.map(0, 0, 0, 2 * MIB, RWX).unwrap();
+        assert_eq!(&read::<4>(&mem, 0x5000), b"kept");
+    }
+
+    #[test]
+    fn segments_are_made_once() {
+        let mem = machine();
+        let errno = |id, length| mem.create_segment(id, "", length, None).unwrap_err().errno();
+        assert_eq!(errno(0, 2 * MIB), libc::EEXIST);
+        assert_eq!(errno(0, MIB), libc::EINVAL);
+        assert_eq!(errno(1, 0), libc::EINVAL);
+        assert_eq!(errno(1, 4095), libc::EINVAL);
+        assert_eq!(errno(1, 1 << 63), libc::EINVAL);
+    }
+
+    #[test]
+    fn a_file_must_be_long_enough_and_cannot_shrink() {
+        use std::os::fd::AsFd;
+        let mem = machine();
+        let file = anonymous_file("test", MIB).unwrap();
+        assert_eq!(
+            mem.create_segment(1, "", 2 * MIB, Some(file.as_fd())).unwrap_err().errno(),
+            libc::EINVAL
+        );
+        mem.create_segment(1, "", MIB, Some(file.as_fd())).unwrap();
+        assert!(file.set_len(0).is_err(), "sealed");
+    }
+
+    #[test]
+    fn dirty_pages_are_logged_until_cleared() {
+        let mem = machine();
+        assert_eq!(mem.dirty_pages(0, 0x4000, false).unwrap(), [0; 4]);
+        mem.write(0x1fff, b"ab").unwrap();
+        mem.read(0x3000, &mut [0; 8]).unwrap();
+        assert_eq!(mem.dirty_pages(0, 0x4000, true).unwrap(), [0, 1, 1, 0]);
+        assert_eq!(mem.dirty_pages(0, 0x4000, false).unwrap(), [0; 4]);
+        for (gpa, len) in [(0, 0), (1, 0x1000), (0, 1), (mem.span(), 0x1000), (!0xfff, 0x1000)] {
+            assert_eq!(mem.dirty_pages(gpa, len, false).unwrap_err().errno(), libc::EINVAL);
+        }
+    }
+
+    #[test]
+    fn a_write_to_code_is_reported_after_it_is_done() {
+        let mem = Arc::new(machine());
+        let (send, writes) = mpsc::channel();
+        let seen = Arc::downgrade(&mem);
+        mem.set_code_watcher(move |gpa, len| {
+            let byte = seen.upgrade().unwrap().load::<u8>(gpa);
+            send.send((gpa, len, byte)).unwrap();
+        });
+        mem.set_code(0x3000);
+        mem.write(0x2ff0, &[0x90; 8]).unwrap();
+        mem.write(0x2ffc, &[0x91; 8]).unwrap();
+        mem.store(0x3100, 0x92_u8).unwrap();
+        drop(mem);
+        let writes: Vec<_> = writes.iter().collect();
+        assert_eq!(writes, [(0x2ffc, 8, Some(0x91)), (0x3100, 1, Some(0x92))]);
+    }
+
+    #[test]
+    fn a_view_outlives_its_mapping() {
+        let mem = machine();
+        mem.write(0x1000, b"view").unwrap();
+        let map = mem.map_at(0x1000, 4).unwrap();
+        let host = map.segment.host().unwrap();
+        mem.unmap(0, 2 * MIB).unwrap();
+        // SAFETY: offset 0x1000 is inside the segment, which `map` keeps.
+        assert_eq!(unsafe { u32::load(host.as_ptr().add(0x1000)) }, u32::from_le_bytes(*b"view"));
+        mem.map(4 * MIB, 0, 0, 2 * MIB, RWX).unwrap();
+        mem.segment_written(&map.segment, 0x1000, 4);
+        assert_eq!(mem.dirty_pages(4 * MIB, 0x3000, false).unwrap(), [0, 1, 0]);
+    }
+
+    #[test]
+    fn cleared_ram_is_zero_and_rom_stays() {
+        let mem = machine();
+        mem.write(0x1234, b"x").unwrap();
+        mem.write_rom(0xffff_0000, b"rom").unwrap();
+        mem.clear_sysmem().unwrap();
+        assert_eq!(mem.load::<u8>(0x1234), Some(0));
+        assert_eq!(&read::<3>(&mem, 0xffff_0000), b"rom");
+    }
+
+    #[test]
+    fn access_races_with_unmapping_harmlessly() {
+        let mem = machine();
+        let (rounds, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while done.load(Ordering::Relaxed) == 0 {
+                        let _ = mem.write(0x8000, &[1; 4096]);
+                        let _ = mem.read(0x8000, &mut [0; 4096]);
+                        rounds.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+            for _ in 0..200 {
+                mem.unmap(0, 2 * MIB).unwrap();
+                mem.map(0, 0, 0, 2 * MIB, RWX).unwrap();
+            }
+            done.store(1, Ordering::Relaxed);
+        });
+        assert_ne!(rounds.into_inner(), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn no_address_reaches_beyond_memory(gpa: u64, near in 0..4_u64, len in 0..9000_usize) {
+            let mem = machine();
+            let edges = [0, 2 * MIB, 0xffff_0000, mem.span()];
+            for gpa in [gpa, gpa % mem.span(), edges[near as usize].wrapping_sub(gpa % 9000)] {
+                let end = gpa.checked_add(len as u64);
+                let inside = |lo, hi| lo <= gpa && end.is_some_and(|end| end <= hi);
+                let empty = len == 0 && gpa <= mem.span();
+                let readable = inside(0, 2 * MIB) || inside(0xffff_0000, 1 << 32) || empty;
+                let mut bytes = vec![0; len];
+                prop_assert_eq!(mem.read(gpa, &mut bytes).is_ok(), readable);
+                let writable = inside(0, 2 * MIB) || empty;
+                prop_assert_eq!(mem.write(gpa, &bytes).is_ok(), writable);
+            }
+        }
+    }
 }

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use serde::{Deserialize, Serialize};
 
@@ -127,7 +127,7 @@ impl Drop for Acting<'_> {
 pub struct Frozen<'a> {
     // Declared, so dropped, before the hold: the vCPU must find the lock free when it thaws.
     cpu: MutexGuard<'a, Box<Cpu>>,
-    _hold: Hold<'a>,
+    _hold: Option<Hold<'a>>,
 }
 
 impl Deref for Frozen<'_> {
@@ -301,7 +301,17 @@ impl Vcpu {
     /// Hold the processor still.  The caller must not be inside `run` of any vCPU.
     pub fn freeze(&self) -> Frozen<'_> {
         let hold = Hold::new(self);
-        Frozen { cpu: lock(&self.cpu), _hold: hold }
+        Frozen { cpu: lock(&self.cpu), _hold: Some(hold) }
+    }
+
+    /// `freeze`, if that needs no waiting: the vCPU is not in the guest.
+    pub fn try_freeze(&self) -> Option<Frozen<'_>> {
+        let cpu = match self.cpu.try_lock() {
+            Ok(cpu) => cpu,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(Frozen { cpu, _hold: None })
     }
 
     /// Do something to the processor; a running vCPU pauses for as long as it takes.
