@@ -257,17 +257,7 @@ impl Cpu {
         } else {
             0xFFFF
         };
-        let watch = self.dr7 & 0xFF != 0 && (0..4).any(|i| self.dr7 >> (16 + 4 * i) & 3 != 0);
-        let align = self.cr0 & cr0::AM != 0 && self.rflags & fl::AC != 0 && self.cpl == 3;
-        self.bank = if watch || align {
-            BANK_NONE
-        } else if self.cpl == 3 {
-            BANK_USER
-        } else if self.cr4 & cr4::SMAP != 0 && self.rflags & fl::AC == 0 {
-            BANK_SMAP
-        } else {
-            BANK_SUPER
-        };
+        self.choose_bank();
         let flat = |s: &Seg, rw: u32| {
             s.base == 0
                 && s.limit == u32::MAX
@@ -281,6 +271,53 @@ impl Cpu {
                 flat(s, acc::RW) && s.access & acc::CODE == 0
             });
         self.cache.set_mode(self.code_bits(), self.sp_mask != 0xFFFF, code64 || all_flat);
+    }
+
+    /// What decides about the right to access data has changed: CPL, AC, SMAP, breakpoints.
+    pub fn choose_bank(&mut self) {
+        let watch = self.dr7 & 0xFF != 0 && (0..4).any(|i| self.dr7 >> (16 + 4 * i) & 3 != 0);
+        let align = self.cr0 & cr0::AM != 0 && self.rflags & fl::AC != 0 && self.cpl == 3;
+        self.bank = if watch || align {
+            BANK_NONE
+        } else if self.cpl == 3 {
+            BANK_USER
+        } else if self.cr4 & cr4::SMAP != 0 && self.rflags & fl::AC == 0 {
+            BANK_SMAP
+        } else {
+            BANK_SUPER
+        };
+    }
+
+    /// Run `f` with the rights to data of another privilege level (the stack that an interrupt
+    /// or a call through a gate switches to).  Alignment is not checked.
+    pub fn as_cpl<R>(&mut self, cpl: u8, f: impl FnOnce(&mut Self) -> R) -> R {
+        let (own, ac) = (self.cpl, self.rflags & fl::AC);
+        if cpl == own && (cpl != 3 || ac == 0) {
+            return f(self);
+        }
+        self.cpl = cpl;
+        if cpl == 3 {
+            self.rflags &= !fl::AC;
+        }
+        self.choose_bank();
+        let r = f(self);
+        self.cpl = own;
+        self.rflags |= ac;
+        self.choose_bank();
+        r
+    }
+
+    /// Run `f` with the processor's own right (`Right::System`) in the place of the current one.
+    pub fn as_system<R>(&mut self, f: impl FnOnce(&mut Self) -> R) -> R {
+        let (own, ac) = (self.cpl, self.rflags & fl::AC);
+        self.cpl = 0;
+        self.rflags &= !fl::AC;
+        self.choose_bank();
+        let r = f(self);
+        self.cpl = own;
+        self.rflags |= ac;
+        self.choose_bank();
+        r
     }
 
     // -- page walk -----------------------------------------------------------------------------
@@ -502,8 +539,7 @@ impl Cpu {
         match right {
             Right::Current if self.bank == BANK_NONE => None,
             Right::Current => Some(self.bank),
-            Right::System if self.cr4 & cr4::SMAP != 0 => Some(BANK_SMAP),
-            Right::System => Some(BANK_SUPER),
+            Right::System => Some(self.system_bank()),
         }
     }
 
@@ -627,6 +663,11 @@ impl Cpu {
 
     /// Load with the processor's own right (descriptor tables, TSS, IDT).
     pub fn ld_sys<T: Int>(&mut self, lin: u64) -> Result<T, Stop> {
+        let e = &self.tlb.banks[self.system_bank()][(lin >> 12) as usize % TLB_ENTRIES];
+        if e.rtag == lin.wrapping_add(T::SIZE - 1) & PAGE_MASK | self.asid {
+            // SAFETY: as in `ld`.
+            return Ok(unsafe { T::load(lin.wrapping_add(e.addend) as *const u8) });
+        }
         let mut b = [0; 8];
         self.read_lin(lin, &mut b[..T::SIZE as usize], Right::System)?;
         Ok(T::from_u64(u64::from_le_bytes(b)))
@@ -635,6 +676,10 @@ impl Cpu {
     /// Store with the processor's own right.
     pub fn st_sys<T: Int>(&mut self, lin: u64, v: T) -> Result<(), Stop> {
         self.write_lin(lin, &v.to_u64().to_le_bytes()[..T::SIZE as usize], Right::System)
+    }
+
+    fn system_bank(&self) -> usize {
+        if self.cr4 & cr4::SMAP != 0 { BANK_SMAP } else { BANK_SUPER }
     }
 
     /// Addresses wrap at 4 GiB outside of IA-32e mode.
