@@ -30,6 +30,7 @@ pub mod vhpet;
 pub mod vioapic;
 pub mod vlapic;
 pub mod vpmtmr;
+pub mod vrtc;
 
 #[cfg(test)]
 pub(crate) mod testplat;

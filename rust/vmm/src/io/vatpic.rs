@@ -220,7 +220,7 @@ impl ChipState {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VatpicState {
+pub struct State {
     pub version: u32,
     /// Master and slave.
     pub chips: [ChipState; 2],
@@ -230,7 +230,7 @@ pub struct VatpicState {
     pub intr: bool,
 }
 
-impl VatpicState {
+impl State {
     pub const VERSION: u32 = 1;
 
     fn power_on() -> Self {
@@ -329,7 +329,7 @@ impl VatpicState {
 }
 
 pub struct Vatpic {
-    inner: Mutex<VatpicState>,
+    inner: Mutex<State>,
     /// 0x100 | vector while INT is high, else 0; written under the lock.
     pending: AtomicU32,
 }
@@ -342,18 +342,18 @@ impl Default for Vatpic {
 
 impl Vatpic {
     pub fn new() -> Self {
-        Self { inner: Mutex::new(VatpicState::power_on()), pending: AtomicU32::new(0) }
+        Self { inner: Mutex::new(State::power_on()), pending: AtomicU32::new(0) }
     }
 
     /// Run `f` on the state and show the processors a change of INT.
-    fn enter<R>(&self, p: &dyn Platform, f: impl FnOnce(&mut VatpicState) -> R) -> R {
+    fn enter<R>(&self, p: &dyn Platform, f: impl FnOnce(&mut State) -> R) -> R {
         let mut state = lock(&self.inner);
         let result = f(&mut state);
         self.publish(p, &mut state);
         result
     }
 
-    fn publish(&self, p: &dyn Platform, state: &mut VatpicState) {
+    fn publish(&self, p: &dyn Platform, state: &mut State) {
         state.cascade();
         let vector = state.vector();
         self.pending.store(vector.map_or(0, |v| 0x100 | u32::from(v)), Ordering::SeqCst);
@@ -364,7 +364,7 @@ impl Vatpic {
     }
 
     pub fn reset(&self, p: &dyn Platform) {
-        self.enter(p, |s| *s = VatpicState { intr: s.intr, ..VatpicState::power_on() });
+        self.enter(p, |s| *s = State { intr: s.intr, ..State::power_on() });
     }
 
     /// The vector that an acknowledge cycle would read while INT is high.  One atomic load.
@@ -463,13 +463,13 @@ impl Vatpic {
         self.enter(p, |s| write_ports(port, size, value, |port, byte| s.write_byte(port, byte)))
     }
 
-    pub fn save(&self) -> VatpicState {
+    pub fn save(&self) -> State {
         lock(&self.inner).clone()
     }
 
     /// Take `state` back; values that the pair could not have reached are corrected.
-    pub fn restore(&self, p: &dyn Platform, mut state: VatpicState) -> Result<(), StateError> {
-        check_version("vatpic", state.version, VatpicState::VERSION)?;
+    pub fn restore(&self, p: &dyn Platform, mut state: State) -> Result<(), StateError> {
+        check_version("vatpic", state.version, State::VERSION)?;
         state.sanitise();
         let mut inner = lock(&self.inner);
         *inner = state;

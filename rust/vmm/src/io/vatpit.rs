@@ -344,7 +344,7 @@ fn from_bcd(bcd: u16) -> u32 {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VatpitState {
+pub struct State {
     pub version: u32,
     pub counters: [CounterState; 3],
     /// Writable bits of port 0x61.
@@ -353,7 +353,7 @@ pub struct VatpitState {
     pub next_rise: Option<i64>,
 }
 
-impl VatpitState {
+impl State {
     pub const VERSION: u32 = 1;
 
     fn power_on() -> Self {
@@ -447,7 +447,7 @@ impl VatpitState {
 }
 
 pub struct Vatpit {
-    inner: Mutex<VatpitState>,
+    inner: Mutex<State>,
 }
 
 impl Default for Vatpit {
@@ -462,12 +462,12 @@ fn tick(now: u64) -> i64 {
 
 impl Vatpit {
     pub fn new() -> Self {
-        Self { inner: Mutex::new(VatpitState::power_on()) }
+        Self { inner: Mutex::new(State::power_on()) }
     }
 
     pub fn reset(&self, p: &dyn Platform) {
         let mut state = lock(&self.inner);
-        *state = VatpitState::power_on();
+        *state = State::power_on();
         state.arm(p, false);
     }
 
@@ -515,13 +515,13 @@ impl Vatpit {
         state.arm(p, fired);
     }
 
-    pub fn save(&self) -> VatpitState {
+    pub fn save(&self) -> State {
         lock(&self.inner).clone()
     }
 
     /// Take `state` back; values that the timer could not have reached are corrected.
-    pub fn restore(&self, p: &dyn Platform, mut state: VatpitState) -> Result<(), StateError> {
-        check_version("vatpit", state.version, VatpitState::VERSION)?;
+    pub fn restore(&self, p: &dyn Platform, mut state: State) -> Result<(), StateError> {
+        check_version("vatpit", state.version, State::VERSION)?;
         let tick = tick(p.now());
         state.nmisc &= NMISC_WRITABLE;
         for (n, counter) in state.counters.iter_mut().enumerate() {

@@ -27,19 +27,19 @@ const TIMERS: usize = 8;
 const ROUTES: u32 = 0xff00_0000;
 
 // Registers (section 2.3.4).
-const CAPABILITIES: u32 = 0x000;
-const CONFIGURATION: u32 = 0x010;
-const INTERRUPT_STATUS: u32 = 0x020;
-const MAIN_COUNTER: u32 = 0x0f0;
-const TIMER0: u32 = 0x100;
-const TIMER_STEP: u32 = 0x20;
+const CAPABILITIES: u64 = 0x000;
+const CONFIGURATION: u64 = 0x010;
+const INTERRUPT_STATUS: u64 = 0x020;
+const MAIN_COUNTER: u64 = 0x0f0;
+const TIMER0: u64 = 0x100;
+const TIMER_STEP: u64 = 0x20;
 // ... of each timer, from its first.
-const TIMER_CONFIGURATION: u32 = 0x00;
-const TIMER_COMPARATOR: u32 = 0x08;
-const TIMER_FSB_ROUTE: u32 = 0x10;
+const TIMER_CONFIGURATION: u64 = 0x00;
+const TIMER_COMPARATOR: u64 = 0x08;
+const TIMER_FSB_ROUTE: u64 = 0x10;
 
 /// Period, vendor, number of the last timer and revision; 32-bit counter, no legacy routing.
-pub const CAPABILITIES_VALUE: u64 = PERIOD << 32 | 0x8086 << 16 | (TIMERS as u64 - 1) << 8 | 1;
+const CAPABILITIES_VALUE: u64 = PERIOD << 32 | 0x8086 << 16 | (TIMERS as u64 - 1) << 8 | 1;
 
 const ENABLE: u64 = 1 << 0;
 
@@ -73,7 +73,7 @@ pub struct TimerState {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VhpetState {
+pub struct State {
     pub version: u32,
     pub enabled: bool,
     /// General interrupt status register.
@@ -96,7 +96,7 @@ impl TimerState {
     }
 }
 
-impl VhpetState {
+impl State {
     pub const VERSION: u32 = 1;
 
     fn power_on() -> Self {
@@ -200,7 +200,7 @@ impl VhpetState {
         }
     }
 
-    fn read(&self, register: u32, now: u64) -> u64 {
+    fn read(&self, register: u64, now: u64) -> u64 {
         match register {
             CAPABILITIES => CAPABILITIES_VALUE,
             CONFIGURATION => self.enabled.into(),
@@ -221,7 +221,7 @@ impl VhpetState {
     }
 
     /// Write the bits in `lanes` of a register.
-    fn write(&mut self, p: &dyn Platform, register: u32, lanes: u64, value: u64, now: u64) {
+    fn write(&mut self, p: &dyn Platform, register: u64, lanes: u64, value: u64, now: u64) {
         let merged = self.read(register, now) & !lanes | value & lanes;
         match register {
             CONFIGURATION => {
@@ -257,7 +257,7 @@ impl VhpetState {
         &mut self,
         p: &dyn Platform,
         n: usize,
-        register: u32,
+        register: u64,
         lanes: u64,
         value: u64,
         now: u64,
@@ -295,7 +295,7 @@ impl VhpetState {
 }
 
 pub struct Vhpet {
-    inner: Mutex<VhpetState>,
+    inner: Mutex<State>,
 }
 
 impl Default for Vhpet {
@@ -306,12 +306,12 @@ impl Default for Vhpet {
 
 impl Vhpet {
     pub fn new() -> Self {
-        Self { inner: Mutex::new(VhpetState::power_on()) }
+        Self { inner: Mutex::new(State::power_on()) }
     }
 
     /// Run `f` on a state in which everything due has expired, and ask for the callouts that
     /// the new state needs.
-    fn enter<R>(&self, p: &dyn Platform, f: impl FnOnce(&mut VhpetState, u64) -> R) -> R {
+    fn enter<R>(&self, p: &dyn Platform, f: impl FnOnce(&mut State, u64) -> R) -> R {
         let mut state = lock(&self.inner);
         let now = p.now();
         let expired = state.advance(p, now);
@@ -336,20 +336,25 @@ impl Vhpet {
         for n in 0..TIMERS {
             state.drive(p, n);
         }
-        *state = VhpetState::power_on();
+        *state = State::power_on();
         for n in 0..TIMERS {
             state.arm(p, n, false);
         }
     }
 
+    /// General capabilities and ID register.
+    pub fn capabilities(&self) -> u64 {
+        CAPABILITIES_VALUE
+    }
+
     /// Read 4 or 8 aligned bytes; the specification allows no other access, and they read 0.
-    pub fn mmio_read(&self, p: &dyn Platform, offset: u32, size: usize) -> u64 {
+    pub fn mmio_read(&self, p: &dyn Platform, offset: u64, size: usize) -> u64 {
         let Some(shift) = lane_shift(offset, size) else { return 0 };
         self.enter(p, |s, now| truncate(s.read(offset & !7, now) >> shift, size))
     }
 
     /// Write 4 or 8 aligned bytes; other writes are ignored.
-    pub fn mmio_write(&self, p: &dyn Platform, offset: u32, size: usize, value: u64) {
+    pub fn mmio_write(&self, p: &dyn Platform, offset: u64, size: usize, value: u64) {
         let Some(shift) = lane_shift(offset, size) else { return };
         self.enter(p, |s, now| {
             let lanes = truncate(u64::MAX, size) << shift;
@@ -368,13 +373,13 @@ impl Vhpet {
         }
     }
 
-    pub fn save(&self) -> VhpetState {
+    pub fn save(&self) -> State {
         lock(&self.inner).clone()
     }
 
     /// Take `state` back; values that the device could not have reached are corrected.
-    pub fn restore(&self, p: &dyn Platform, mut state: VhpetState) -> Result<(), StateError> {
-        check_version("vhpet", state.version, VhpetState::VERSION)?;
+    pub fn restore(&self, p: &dyn Platform, mut state: State) -> Result<(), StateError> {
+        check_version("vhpet", state.version, State::VERSION)?;
         let now = p.now();
         state.counter_start = state.counter_start.min(now);
         state.status &= (1 << TIMERS) - 1;
@@ -405,7 +410,7 @@ impl Vhpet {
 }
 
 /// Bits below the access in its 64-bit register; none if it is not 4 or 8 aligned bytes.
-fn lane_shift(offset: u32, size: usize) -> Option<u32> {
+fn lane_shift(offset: u64, size: usize) -> Option<u64> {
     match size {
         4 if offset & 3 == 0 => Some(8 * (offset & 4)),
         8 if offset & 7 == 0 => Some(0),

@@ -16,8 +16,8 @@ pub const BASE: u64 = 0xfec0_0000;
 pub const LEN: u64 = 0x1000;
 const PINS: usize = 32;
 
-const IOREGSEL: u32 = 0x00;
-const IOWIN: u32 = 0x10;
+const IOREGSEL: u64 = 0x00;
+const IOWIN: u64 = 0x10;
 
 // Indirect registers (section 3.2).
 const ID: u8 = 0x00;
@@ -39,7 +39,7 @@ const RTE_WRITABLE: u64 = 0xfffe_0000_0001_afff;
 const RTE_RESET: u64 = RTE_MASKED;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VioapicState {
+pub struct State {
     pub version: u32,
     pub id: u32,
     /// Index register.
@@ -50,7 +50,7 @@ pub struct VioapicState {
     pub asserted: [u32; PINS],
 }
 
-impl VioapicState {
+impl State {
     pub const VERSION: u32 = 1;
 
     fn power_on() -> Self {
@@ -143,7 +143,7 @@ impl VioapicState {
 }
 
 pub struct Vioapic {
-    inner: Mutex<VioapicState>,
+    inner: Mutex<State>,
 }
 
 impl Default for Vioapic {
@@ -154,15 +154,15 @@ impl Default for Vioapic {
 
 impl Vioapic {
     pub fn new() -> Self {
-        Self { inner: Mutex::new(VioapicState::power_on()) }
+        Self { inner: Mutex::new(State::power_on()) }
     }
 
     pub fn reset(&self, _p: &dyn Platform) {
-        *lock(&self.inner) = VioapicState::power_on();
+        *lock(&self.inner) = State::power_on();
     }
 
-    pub fn pincount(&self) -> usize {
-        PINS
+    pub fn pincount(&self) -> u32 {
+        PINS as u32
     }
 
     /// One more (`level`) or one less source asserts `pin`.  Pins that do not exist are ignored.
@@ -208,7 +208,7 @@ impl Vioapic {
 
     /// Read `size` bytes at `offset`.  Bytes of the two registers can be read on their own; what
     /// lies elsewhere reads 0.
-    pub fn mmio_read(&self, _p: &dyn Platform, offset: u32, size: usize) -> u64 {
+    pub fn mmio_read(&self, _p: &dyn Platform, offset: u64, size: usize) -> u64 {
         let state = lock(&self.inner);
         let value = match offset & !3 {
             IOREGSEL => state.ioregsel.into(),
@@ -219,7 +219,7 @@ impl Vioapic {
     }
 
     /// Write `size` bytes at `offset`; a part of IOWIN changes that part of the register.
-    pub fn mmio_write(&self, p: &dyn Platform, offset: u32, size: usize, value: u64) {
+    pub fn mmio_write(&self, p: &dyn Platform, offset: u64, size: usize, value: u64) {
         let mut state = lock(&self.inner);
         let shift = 8 * (offset & 3);
         match offset & !3 {
@@ -233,13 +233,13 @@ impl Vioapic {
         }
     }
 
-    pub fn save(&self) -> VioapicState {
+    pub fn save(&self) -> State {
         lock(&self.inner).clone()
     }
 
     /// Take `state` back; bits that no register has are dropped.
-    pub fn restore(&self, _p: &dyn Platform, mut state: VioapicState) -> Result<(), StateError> {
-        check_version("vioapic", state.version, VioapicState::VERSION)?;
+    pub fn restore(&self, _p: &dyn Platform, mut state: State) -> Result<(), StateError> {
+        check_version("vioapic", state.version, State::VERSION)?;
         state.id &= ID_WRITABLE;
         for rte in &mut state.rte {
             *rte &= RTE_WRITABLE | RTE_REMOTE_IRR;

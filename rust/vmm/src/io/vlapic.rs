@@ -122,7 +122,7 @@ pub struct VlapicStats {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VlapicState {
+pub struct State {
     pub version: u32,
     pub id: u32,
     /// IA32_APIC_BASE.
@@ -215,7 +215,7 @@ fn lvt_index(offset: u32) -> Option<usize> {
     Some(lvt as usize)
 }
 
-impl VlapicState {
+impl State {
     pub const VERSION: u32 = 1;
 
     fn power_on(id: u32, boot_x2apic: bool) -> Self {
@@ -702,21 +702,20 @@ impl VlapicState {
 
 pub struct Vlapic {
     id: u32,
-    ncpu: u32,
-    inner: Mutex<VlapicState>,
+    inner: Mutex<State>,
     /// The state's `deliverable()` vector, 0 for none; written under the lock.
     pending: AtomicU32,
 }
 
 impl Vlapic {
-    /// The APIC of vCPU `id` in a VM of at most `ncpu`.
-    pub fn new(id: u32, ncpu: u32) -> Self {
-        let inner = Mutex::new(VlapicState::power_on(id, false));
-        Self { id, ncpu, inner, pending: AtomicU32::new(0) }
+    /// The APIC of vCPU `id`.
+    pub fn new(id: u32) -> Self {
+        let inner = Mutex::new(State::power_on(id, false));
+        Self { id, inner, pending: AtomicU32::new(0) }
     }
 
     /// Run `f` on the state, then publish what it changed and act on what it asked for.
-    fn enter<R>(&self, p: &dyn Platform, f: impl FnOnce(&mut VlapicState, &mut Effects) -> R) -> R {
+    fn enter<R>(&self, p: &dyn Platform, f: impl FnOnce(&mut State, &mut Effects) -> R) -> R {
         let mut fx = Effects::default();
         let result;
         {
@@ -738,7 +737,7 @@ impl Vlapic {
     }
 
     /// True if there is a vector to take that was not there before.
-    fn publish(&self, state: &VlapicState) -> bool {
+    fn publish(&self, state: &State) -> bool {
         let vector = u32::from(state.deliverable().unwrap_or(0));
         self.pending.swap(vector, Ordering::SeqCst) != vector && vector != 0
     }
@@ -754,19 +753,19 @@ impl Vlapic {
             Shorthand::All => to(u32::MAX),
             // Which processor wins is the model's choice (SDM table 11-3): the next one.
             Shorthand::AllButSelf if mode == DeliveryMode::LowestPriority => {
-                let next = (self.id + 1) % self.ncpu.max(1);
+                let next = (self.id + 1) % p.ncpu().max(1);
                 if next != self.id {
                     to(next);
                 }
             }
-            Shorthand::AllButSelf => (0..self.ncpu).filter(|&id| id != self.id).for_each(to),
+            Shorthand::AllButSelf => (0..p.ncpu()).filter(|&id| id != self.id).for_each(to),
         }
     }
 
     /// Power-on state, in the mode that [`Self::set_x2apic_state`] chose.
     pub fn reset(&self, p: &dyn Platform) {
         self.enter(p, |s, _| {
-            *s = VlapicState::power_on(s.id, s.boot_x2apic);
+            *s = State::power_on(s.id, s.boot_x2apic);
             s.timer_arm(p);
         });
     }
@@ -806,7 +805,7 @@ impl Vlapic {
 
     /// Read `size` bytes at `offset` of the xAPIC page.  Bytes of a 16-byte slot behind its
     /// register read 0; nobody answers when the APIC is disabled or in x2APIC mode.
-    pub fn mmio_read(&self, p: &dyn Platform, offset: u32, size: usize) -> u64 {
+    pub fn mmio_read(&self, p: &dyn Platform, offset: u64, size: usize) -> u64 {
         self.enter(p, |s, fx| {
             if !s.enabled() || s.x2apic() {
                 return truncate(u64::MAX, size);
@@ -815,7 +814,7 @@ impl Vlapic {
             if lane >= 4 {
                 return 0;
             }
-            let value = s.read(p, offset & 0xff0, fx).unwrap_or_else(|| {
+            let value = s.read(p, (offset & 0xff0) as u32, fx).unwrap_or_else(|| {
                 s.error(ESR_ILLEGAL_REGISTER, fx);
                 0
             });
@@ -825,12 +824,12 @@ impl Vlapic {
 
     /// Write the xAPIC page.  Registers are 32 bits wide at 16-byte steps; a narrower write at a
     /// register's start is completed with what the register holds, and other places ignore it.
-    pub fn mmio_write(&self, p: &dyn Platform, offset: u32, size: usize, value: u64) {
+    pub fn mmio_write(&self, p: &dyn Platform, offset: u64, size: usize, value: u64) {
         self.enter(p, |s, fx| {
             if !s.enabled() || s.x2apic() || offset & 0xf != 0 {
                 return;
             }
-            let offset = offset & 0xff0;
+            let offset = (offset & 0xff0) as u32;
             let mut value = truncate(value, size.min(4)) as u32;
             if size < 4 {
                 let kept = s.read(p, offset, fx).unwrap_or(0);
@@ -923,17 +922,17 @@ impl Vlapic {
     }
 
     /// bhyve's `vm_set_x2apic_state`: the mode now and after each reset.
-    pub fn set_x2apic_state(&self, enabled: bool) {
-        let mut state = lock(&self.inner);
-        state.boot_x2apic = enabled;
-        if enabled {
-            state.apicbase |= APICBASE_ENABLE | APICBASE_X2APIC;
-            state.ldr = x2apic_ldr(state.id);
-        } else {
-            state.apicbase &= !APICBASE_X2APIC;
-            state.ldr = 0;
-        }
-        self.publish(&state);
+    pub fn set_x2apic_state(&self, p: &dyn Platform, enabled: bool) {
+        self.enter(p, |s, _| {
+            s.boot_x2apic = enabled;
+            if enabled {
+                s.apicbase |= APICBASE_ENABLE | APICBASE_X2APIC;
+                s.ldr = x2apic_ldr(s.id);
+            } else {
+                s.apicbase &= !APICBASE_X2APIC;
+                s.ldr = 0;
+            }
+        });
     }
 
     /// CR8: the task priority's class, 0-15.
@@ -1036,13 +1035,13 @@ impl Vlapic {
         lock(&self.inner).stats.clone()
     }
 
-    pub fn save(&self) -> VlapicState {
+    pub fn save(&self) -> State {
         lock(&self.inner).clone()
     }
 
     /// Take `state` back; values that the device could not have reached are corrected.
-    pub fn restore(&self, p: &dyn Platform, mut state: VlapicState) -> Result<(), StateError> {
-        check_version("vlapic", state.version, VlapicState::VERSION)?;
+    pub fn restore(&self, p: &dyn Platform, mut state: State) -> Result<(), StateError> {
+        check_version("vlapic", state.version, State::VERSION)?;
         state.sanitise(self.id, p.now());
         self.enter(p, |s, fx| {
             *s = state;
