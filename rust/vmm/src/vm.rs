@@ -13,6 +13,7 @@ use crate::io::vatpic::Vatpic;
 use crate::io::vatpit::Vatpit;
 use crate::io::vhpet::Vhpet;
 use crate::io::vioapic::Vioapic;
+use crate::io::vlapic::LVT_CMCI;
 use crate::io::vpmtmr::Vpmtmr;
 use crate::io::vrtc::Vrtc;
 use crate::io::{self, StateError};
@@ -95,7 +96,7 @@ impl Vm {
         let topology =
             Topology { sockets: maxcpus as u16, cores: 1, threads: 1, maxcpus: maxcpus as u16 };
         let vcpus: Vec<_> = (0..maxcpus)
-            .map(|id| Arc::new(Vcpu::new(&config(topology, maxcpus, true), id)))
+            .map(|id| Arc::new(Vcpu::new(&config(topology, maxcpus, false), id)))
             .collect();
 
         let mem = GuestMemory::new()?;
@@ -391,7 +392,7 @@ impl Vm {
             0x408 => self.pmtmr.read(self, port, size),
             _ => return None,
         };
-        Some(value.unwrap_or_else(|NotDecoded| (ones(size)) as u32))
+        Some(value.unwrap_or_else(|NotDecoded| ones(size) as u32))
     }
 
     /// OUT; false: the port is userland's.
@@ -474,6 +475,33 @@ impl Vm {
         io::msi_message(self, addr, msg as u32);
     }
 
+    /// Trigger entry `lvt` of a local APIC's vector table (0 LINT0, 1 LINT1, 2 timer, 3 error,
+    /// 4 performance, 5 thermal, 6 CMCI), or, for vCPU -1, of every active one.
+    pub fn lapic_local_irq(&self, vcpu: i32, lvt: u32) -> Result<()> {
+        if lvt > LVT_CMCI {
+            return Err(Error::Invalid(format!("{lvt} is not an entry of the LVT (0-{LVT_CMCI})")));
+        }
+        match u32::try_from(vcpu) {
+            Ok(id) => self.vcpu(id)?.lapic.local_irq(self, lvt),
+            Err(_) if vcpu == -1 => self
+                .active_cpus()
+                .iter()
+                .for_each(|id| self.vcpus[*id as usize].lapic.local_irq(self, lvt)),
+            Err(_) => return Err(Error::Invalid(format!("there is no vCPU {vcpu}"))),
+        }
+        Ok(())
+    }
+
+    /// Make a line of the PIC level or edge triggered.
+    ///
+    /// # Errors
+    /// `Invalid` for a level on the lines 0, 1, 2, 8 and 13, which are edges by construction.
+    pub fn isa_set_irq_trigger(&self, line: u8, level: bool) -> Result<()> {
+        self.pic.set_irq_trigger(self, line, level).map_err(|NotDecoded| {
+            Error::Invalid(format!("line {line} of the PIC cannot be level-triggered"))
+        })
+    }
+
     // -- time ----------------------------------------------------------------------------------
 
     pub fn pause_clock(&self) {
@@ -484,6 +512,35 @@ impl Vm {
     pub fn resume_clock(&self) {
         self.clock.resume();
         self.timers.clock_changed();
+    }
+
+    /// A byte of the RTC's memory.
+    ///
+    /// # Errors
+    /// `Invalid` for an offset beyond 127.
+    pub fn rtc_read(&self, offset: u32) -> Result<u8> {
+        self.rtc.nvram_read(self, rtc_offset(offset)?).map_err(|NotDecoded| rtc_refuses(offset))
+    }
+
+    /// # Errors
+    /// `Invalid` for an offset that holds time or control, or lies beyond 127.
+    pub fn rtc_write(&self, offset: u32, value: u8) -> Result<()> {
+        let written = self.rtc.nvram_write(self, rtc_offset(offset)?, value);
+        written.map_err(|NotDecoded| rtc_refuses(offset))
+    }
+
+    /// Set the RTC's clock to `secs` after 1970-01-01 UTC.
+    ///
+    /// # Errors
+    /// `Invalid` for a time that its registers cannot show.
+    pub fn rtc_settime(&self, secs: i64) -> Result<()> {
+        let set = self.rtc.settime(self, secs);
+        set.map_err(|NotDecoded| Error::Invalid(format!("the RTC cannot show {secs} s after 1970")))
+    }
+
+    /// The HPET's capabilities and id register.
+    pub fn hpet_capabilities(&self) -> u64 {
+        self.hpet.mmio_read(self, 0, 8)
     }
 
     // -- state ---------------------------------------------------------------------------------
@@ -538,6 +595,14 @@ fn config(topology: Topology, ncpu: u32, x2apic: bool) -> CpuConfig {
         threads: topology.threads.into(),
         x2apic,
     }
+}
+
+fn rtc_offset(offset: u32) -> Result<u8> {
+    u8::try_from(offset).map_err(|_| rtc_refuses(offset))
+}
+
+fn rtc_refuses(offset: u32) -> Error {
+    Error::Invalid(format!("the RTC has no such memory cell: {offset:#x}"))
 }
 
 fn not_kernemu(gpa: u64) -> Error {
@@ -627,20 +692,477 @@ impl Platform for Vm {
 
     fn isa_irq(&self, atpic_irq: Option<u8>, ioapic_pin: Option<u8>, level: bool) {
         if let Some(irq) = atpic_irq {
-            if level { self.pic.assert_irq(self, irq) } else { self.pic.deassert_irq(self, irq) }
+            self.pic.set_irq(self, irq, level);
         }
         if let Some(pin) = ioapic_pin {
-            if level {
-                self.ioapic.assert_irq(self, pin)
-            } else {
-                self.ioapic.deassert_irq(self, pin)
-            }
+            self.ioapic.set_irq(self, pin, level);
         }
     }
 
     fn pic_intr(&self, level: bool) {
         for vcpu in &self.vcpus {
             vcpu.lapic.lint(self, 0, level);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::caps::Caps;
+    use crate::exit::Exit;
+    use crate::regs::{Reg, SegDesc};
+
+    const LIMIT: Duration = Duration::from_secs(20);
+    const RWX: u32 = 7;
+
+    /// `jmp $`
+    const SPIN: &[u8] = b"\xeb\xfe";
+    /// `cli; hlt; jmp` back to the HLT
+    const HALT: &[u8] = b"\xfa\xf4\xeb\xfd";
+    /// `sti; hlt; jmp` back to the HLT
+    const IDLE: &[u8] = b"\xfb\xf4\xeb\xfd";
+    /// `inc eax; jmp` back
+    const COUNT: &[u8] = b"\x66\x40\xeb\xfc";
+
+    /// 1 MiB of RAM; every vCPU is active and starts real-mode `code` at 0x1000.
+    fn machine(maxcpus: u32, code: &[u8]) -> Arc<Vm> {
+        let vm = Vm::new(maxcpus).unwrap();
+        vm.mem.create_segment(0, "", 1 << 20, None).unwrap();
+        vm.mmap_memseg(0, 0, 0, 1 << 20, RWX).unwrap();
+        vm.mem.write(0x1000, code).unwrap();
+        for vcpu in &vm.vcpus {
+            start_at(vcpu, 0x1000);
+            vm.activate_cpu(vcpu.id).unwrap();
+        }
+        vm
+    }
+
+    fn start_at(vcpu: &Vcpu, rip: u64) {
+        vcpu.reset();
+        vcpu.with_cpu(|cpu| {
+            cpu.set_reg(Reg::Cs, 0);
+            cpu.set_desc(Reg::Cs, SegDesc { base: 0, limit: 0xffff, access: 0x9b });
+            cpu.set_reg(Reg::Rip, rip);
+        });
+    }
+
+    /// Run a vCPU in a thread of its own until it is suspended for good; its exits, in order.
+    fn spawn(vm: &Arc<Vm>, id: u32) -> mpsc::Receiver<Exit> {
+        let (send, exits) = mpsc::channel();
+        let vm = Arc::clone(vm);
+        thread::spawn(move || {
+            loop {
+                let exit = vm.vcpus[id as usize].run(&vm).unwrap();
+                let last = matches!(exit, Exit::Suspended { .. });
+                if send.send(exit).is_err() || last {
+                    return;
+                }
+            }
+        });
+        exits
+    }
+
+    fn end(vm: &Vm, exits: &[mpsc::Receiver<Exit>]) {
+        vm.suspend(SuspendHow::Destroy).unwrap();
+        for exits in exits {
+            let last = exits.iter().last();
+            assert_eq!(last, Some(Exit::Suspended { how: SuspendHow::Destroy }));
+        }
+    }
+
+    fn next(exits: &mpsc::Receiver<Exit>) -> Exit {
+        exits.recv_timeout(LIMIT).expect("the vCPU does not come back")
+    }
+
+    fn rax(vm: &Vm) -> u64 {
+        vm.vcpus[0].with_cpu(|cpu| cpu.get_reg(Reg::Rax))
+    }
+
+    #[test]
+    fn a_kick_is_never_lost() {
+        let vm = machine(1, SPIN);
+        vm.vcpus[0].kick();
+        vm.vcpus[0].kick();
+        assert_eq!(vm.vcpus[0].run(&vm).unwrap(), Exit::Bogus, "kicked before it ran");
+        let exits = spawn(&vm, 0);
+        for _ in 0..500 {
+            vm.vcpus[0].kick();
+            assert_eq!(next(&exits), Exit::Bogus);
+        }
+        end(&vm, &[exits]);
+    }
+
+    #[test]
+    fn a_kick_ends_every_sleep() {
+        for code in [HALT, IDLE] {
+            let vm = machine(2, code);
+            vm.suspend_cpu(1).unwrap();
+            // Started, so that vCPU 0 is not alone with its halt.
+            assert_eq!(vm.vcpus[1].run(&vm).unwrap(), Exit::Debug);
+            let exits = [spawn(&vm, 0), spawn(&vm, 1)];
+            for _ in 0..50 {
+                vm.vcpus[0].kick();
+                vm.vcpus[1].kick();
+                if code == HALT {
+                    // vCPU 1 never ran: nobody could wake vCPU 0.
+                    break;
+                }
+                assert_eq!(next(&exits[0]), Exit::Bogus);
+                assert_eq!(next(&exits[1]), Exit::Bogus);
+            }
+            if code == IDLE {
+                end(&vm, &exits);
+            }
+        }
+    }
+
+    #[test]
+    fn registers_of_a_running_vcpu_can_be_read_and_set() {
+        let vm = machine(1, COUNT);
+        let exits = spawn(&vm, 0);
+        thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        rax(&vm);
+                    }
+                });
+            }
+        });
+        let (before, after) = (rax(&vm), {
+            thread::sleep(Duration::from_millis(5));
+            rax(&vm)
+        });
+        assert_ne!(before, after, "it runs on");
+        vm.vcpus[0].with_cpu(|cpu| {
+            cpu.set_reg(Reg::Rax, 0x1234_0000_0000);
+            let rax = cpu.get_reg(Reg::Rax);
+            thread::sleep(Duration::from_millis(5));
+            assert_eq!(cpu.get_reg(Reg::Rax), rax, "held still");
+        });
+        end(&vm, &[exits]);
+    }
+
+    #[test]
+    fn a_suspended_vcpu_says_so_once_and_waits() {
+        let vm = machine(1, COUNT);
+        vm.suspend_cpu(0).unwrap();
+        assert_eq!(vm.debug_cpus(), [0]);
+        assert_eq!(vm.vcpus[0].run(&vm).unwrap(), Exit::Debug);
+        let exits = spawn(&vm, 0);
+        assert!(exits.recv_timeout(Duration::from_millis(50)).is_err());
+        let still = rax(&vm);
+        vm.vcpus[0].kick();
+        assert_eq!(next(&exits), Exit::Bogus);
+        assert_eq!(rax(&vm), still);
+
+        for _ in 0..50 {
+            vm.resume_cpu(0).unwrap();
+            vm.suspend_cpu(0).unwrap();
+            assert_eq!(next(&exits), Exit::Debug);
+        }
+        vm.resume_all_cpus();
+        assert_eq!(vm.debug_cpus(), []);
+        assert_eq!(vm.resume_cpu(0).unwrap_err().errno(), libc::EINVAL);
+        end(&vm, &[exits]);
+    }
+
+    #[test]
+    fn the_end_is_told_when_all_are_out() {
+        let vm = machine(3, SPIN);
+        vm.suspend_cpu(2).unwrap();
+        let exits = [spawn(&vm, 0), spawn(&vm, 2)];
+        assert_eq!(next(&exits[1]), Exit::Debug);
+        vm.suspend(SuspendHow::Poweroff).unwrap();
+        let again = vm.suspend(SuspendHow::Reset).unwrap_err();
+        assert_eq!(again.errno(), libc::EALREADY);
+        assert!(exits[0].recv_timeout(Duration::from_millis(50)).is_err(), "vCPU 1 is missing");
+        assert_eq!(vm.suspended(), Some(SuspendHow::Poweroff));
+        let last = Exit::Suspended { how: SuspendHow::Poweroff };
+        assert_eq!(vm.vcpus[1].run(&vm).unwrap(), last);
+        assert_eq!([next(&exits[0]), next(&exits[1])], [last.clone(), last.clone()]);
+        assert_eq!(vm.suspended_cpus(), [0, 1, 2]);
+        assert_eq!(vm.vcpus[1].run(&vm).unwrap(), last, "and remains so");
+    }
+
+    #[test]
+    fn when_all_sleep_with_interrupts_off_the_vm_has_halted() {
+        let vm = machine(2, HALT);
+        let exits = [spawn(&vm, 0), spawn(&vm, 1)];
+        for exits in &exits {
+            assert_eq!(next(exits), Exit::Suspended { how: SuspendHow::Halt });
+        }
+    }
+
+    #[test]
+    fn a_parked_vcpu_cannot_wake_anybody() {
+        let vm = machine(2, HALT);
+        vm.suspend_cpu(1).unwrap();
+        let exits = [spawn(&vm, 0), spawn(&vm, 1)];
+        assert_eq!(next(&exits[1]), Exit::Debug);
+        for exits in &exits {
+            assert_eq!(next(exits), Exit::Suspended { how: SuspendHow::Halt });
+        }
+    }
+
+    #[test]
+    fn an_idle_vcpu_is_not_a_halt() {
+        let vm = machine(1, IDLE);
+        let exits = spawn(&vm, 0);
+        assert!(exits.recv_timeout(Duration::from_millis(100)).is_err());
+        assert_eq!(vm.suspended(), None);
+        end(&vm, &[exits]);
+    }
+
+    #[test]
+    fn only_active_vcpus_run_and_one_thread_each() {
+        let vm = machine(1, SPIN);
+        assert_eq!(vm.activate_cpu(0).unwrap_err().errno(), libc::EBUSY);
+        let exits = spawn(&vm, 0);
+        while !vm.vcpus[0].is_running() {
+            thread::yield_now();
+        }
+        assert_eq!(vm.vcpus[0].run(&vm).unwrap_err().errno(), libc::EBUSY);
+        assert_eq!(vm.reinit().unwrap_err().errno(), libc::EBUSY);
+        end(&vm, &[exits]);
+
+        let vm = Vm::new(2).unwrap();
+        assert_eq!(vm.vcpus[1].run(&vm).unwrap_err().errno(), libc::EINVAL);
+        assert_eq!(vm.suspend_cpu(1).unwrap_err().errno(), libc::EINVAL);
+        assert_eq!(vm.activate_cpu(2).unwrap_err().errno(), libc::EINVAL);
+        for maxcpus in [0, MAXCPUS + 1] {
+            assert_eq!(Vm::new(maxcpus).err().unwrap().errno(), libc::EINVAL);
+        }
+    }
+
+    #[test]
+    fn memory_can_be_remapped_under_running_vcpus() {
+        let vm = machine(2, SPIN);
+        vm.mem.create_segment(9, "framebuffer", 0x1_0000, None).unwrap();
+        let exits = [spawn(&vm, 0), spawn(&vm, 1)];
+        thread::scope(|scope| {
+            for bar in [0xc000_0000, 0xd000_0000] {
+                let vm = &vm;
+                scope.spawn(move || {
+                    for _ in 0..50 {
+                        vm.mmap_memseg(bar, 9, 0, 0x1_0000, RWX).unwrap();
+                        vm.mem.store(bar, 1_u8).unwrap();
+                        vm.dirty_pages(bar, 0x1000, true).unwrap();
+                        vm.munmap_memseg(bar, 0x1_0000).unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(vm.mem.maps().len(), 1);
+        end(&vm, &exits);
+    }
+
+    #[test]
+    fn a_reinitialised_vm_is_as_new() {
+        let vm = machine(1, SPIN);
+        vm.mem.write(0x8000, b"old").unwrap();
+        let cmos = vm.rtc_read(0x34).unwrap();
+        vm.rtc_write(0x34, !cmos).unwrap();
+        let exits = spawn(&vm, 0);
+        end(&vm, &[exits]);
+        while vm.vcpus[0].is_running() {
+            thread::yield_now();
+        }
+        vm.reinit().unwrap();
+        assert_eq!((vm.suspended(), vm.active_cpus()), (None, vec![]));
+        assert_eq!(vm.mem.load::<u8>(0x8000), Some(0));
+        assert_eq!(vm.mem.maps().len(), 1);
+        vm.activate_cpu(0).unwrap();
+        vm.mem.write(0x1000, SPIN).unwrap();
+        start_at(&vm.vcpus[0], 0x1000);
+        let exits = spawn(&vm, 0);
+        end(&vm, &[exits]);
+    }
+
+    #[test]
+    fn topology_has_to_fit() {
+        let vm = Vm::new(8).unwrap();
+        vm.set_topology(2, 2, 2, 0).unwrap();
+        let topology = Topology { sockets: 2, cores: 2, threads: 2, maxcpus: 8 };
+        assert_eq!(vm.topology(), topology);
+        for (sockets, cores, threads, maxcpus) in
+            [(0, 1, 1, 0), (3, 3, 1, 0), (1, 1, 1, 4), (u16::MAX, u16::MAX, u16::MAX, 0)]
+        {
+            let refused = vm.set_topology(sockets, cores, threads, maxcpus);
+            assert_eq!(refused.unwrap_err().errno(), libc::EINVAL);
+        }
+        assert_eq!(vm.topology(), topology);
+    }
+
+    /// Local APIC registers, xAPIC offsets.
+    const SVR: u64 = LAPIC + 0xf0;
+    const ICR_LOW: u64 = LAPIC + 0x300;
+    const ICR_HIGH: u64 = LAPIC + 0x310;
+
+    /// Send an IPI from vCPU 0: the low word of the ICR and the destination's id.
+    fn send_ipi(vm: &Vm, icr: u64, dest: u64) {
+        vm.kernemu_write(0, SVR, 4, 0x1ff).unwrap();
+        vm.kernemu_write(0, ICR_HIGH, 4, dest << 24).unwrap();
+        vm.kernemu_write(0, ICR_LOW, 4, icr).unwrap();
+    }
+
+    #[test]
+    fn init_and_start_up_ipis_exit_on_the_sender() {
+        let vm = machine(3, SPIN);
+        vm.vcpus[0].set_cap(Caps::IPI_EXIT, true).unwrap();
+        // INIT to all but self, then a start-up IPI to vCPU 2 (and one more) at page 0x9a.
+        send_ipi(&vm, 0xc_4500, 0);
+        send_ipi(&vm, 0x4600 | 0x9a, 2);
+        send_ipi(&vm, 0x4600 | 0x9a, 2);
+        vm.vcpus[0].kick();
+        let run = || vm.vcpus[0].run(&vm).unwrap();
+        assert_eq!(run(), Exit::Ipi { mode: 5, vector: 0, dest: vec![1, 2] });
+        let sipi = Exit::Ipi { mode: 6, vector: 0x9a, dest: vec![2] };
+        assert_eq!([run(), run()], [sipi.clone(), sipi]);
+        assert_eq!(run(), Exit::Bogus, "the kick comes behind them");
+        assert_eq!(vm.vcpus[1].events.peek() & (events::INIT | events::SIPI), 0);
+    }
+
+    #[test]
+    fn without_the_capability_they_go_to_the_target() {
+        let vm = machine(2, SPIN);
+        send_ipi(&vm, 0x4500, 1);
+        send_ipi(&vm, 0x4600 | 0x9a, 1);
+        let target = &vm.vcpus[1];
+        assert_eq!(
+            target.events.peek() & (events::INIT | events::SIPI),
+            events::INIT | events::SIPI
+        );
+        assert_eq!(target.sipi_vector.load(Ordering::Relaxed), 0x9a);
+    }
+
+    #[test]
+    fn capabilities_are_set_but_for_the_fixed_ones() {
+        let vm = Vm::new(1).unwrap();
+        let vcpu = &vm.vcpus[0];
+        vcpu.set_cap(Caps::HALT_EXIT, true).unwrap();
+        assert!(vcpu.has_cap(Caps::HALT_EXIT) && vcpu.has_cap(Caps::UNRESTRICTED_GUEST));
+        vcpu.set_cap(Caps::HALT_EXIT, false).unwrap();
+        assert!(!vcpu.has_cap(Caps::HALT_EXIT));
+        let refused = vcpu.set_cap(Caps::UNRESTRICTED_GUEST, false);
+        assert_eq!(refused.unwrap_err().errno(), libc::EINVAL);
+    }
+
+    #[test]
+    fn a_saved_vm_goes_on_in_another() {
+        let vm = machine(2, COUNT);
+        vm.suspend_cpu(1).unwrap();
+        vm.vcpus[0].set_cap(Caps::IPI_EXIT, true).unwrap();
+        vm.set_topology(1, 2, 1, 0).unwrap();
+        send_ipi(&vm, 0x4500, 1);
+        vm.post_nmi(1);
+        vm.ioapic.assert_irq(&*vm, 4);
+        let exits = spawn(&vm, 0);
+        assert_eq!(next(&exits), Exit::Ipi { mode: 5, vector: 0, dest: vec![1] });
+        while rax(&vm) == 0 {
+            thread::yield_now();
+        }
+        vm.vcpus[0].kick();
+        assert_eq!(next(&exits), Exit::Bogus);
+        vm.suspend_cpu(0).unwrap();
+        assert_eq!(next(&exits), Exit::Debug);
+        vm.pause_clock();
+        let devices = serde_json::to_value(vm.save_devices()).unwrap();
+        let cpus: Vec<_> =
+            vm.vcpus.iter().map(|v| serde_json::to_value(v.save()).unwrap()).collect();
+
+        let copy = machine(2, COUNT);
+        copy.pause_clock();
+        copy.restore_devices(serde_json::from_value(devices.clone()).unwrap()).unwrap();
+        for (vcpu, state) in copy.vcpus.iter().zip(&cpus) {
+            vcpu.restore(&copy, serde_json::from_value(state.clone()).unwrap()).unwrap();
+        }
+        assert_eq!(serde_json::to_value(copy.save_devices()).unwrap(), devices);
+        for (vcpu, state) in copy.vcpus.iter().zip(&cpus) {
+            assert_eq!(serde_json::to_value(vcpu.save()).unwrap(), *state);
+        }
+        assert_eq!(copy.debug_cpus(), [0, 1]);
+        assert_ne!(copy.vcpus[1].events.peek() & events::NMI, 0);
+        let counted = rax(&copy);
+        assert_eq!(counted, rax(&vm));
+
+        copy.resume_clock();
+        copy.resume_cpu(0).unwrap();
+        let copy_exits = [spawn(&copy, 0), spawn(&copy, 1)];
+        while rax(&copy) == counted {
+            thread::yield_now();
+        }
+        end(&copy, &copy_exits);
+        vm.suspend(SuspendHow::Destroy).unwrap();
+
+        let mut other = devices;
+        other["version"] = 99.into();
+        let refused = copy.restore_devices(serde_json::from_value(other).unwrap());
+        assert_eq!(refused.unwrap_err().errno(), libc::EINVAL);
+    }
+
+    #[test]
+    fn in_kernel_ports_and_pages_are_the_devices() {
+        let vm = Vm::new(1).unwrap();
+        assert_eq!(vm.port_read(0, 0x3f8, 1), None);
+        assert!(!vm.port_write(0, 0x80, 1, 0));
+        assert!(vm.port_write(0, 0x21, 1, 0xfb));
+        assert_eq!(vm.port_read(0, 0x21, 1), Some(0xfb));
+        assert!(vm.port_read(0, 0x408, 4).is_some());
+        assert_eq!(vm.mmio_read(0, LAPIC + 0x30, 4), Some(0x0006_0010));
+        assert!(vm.mmio_write(0, IOAPIC, 4, 1));
+        assert_eq!(vm.mmio_read(0, IOAPIC + 0x10, 4), Some(0x001f_0011));
+        assert_eq!(vm.mmio_read(0, HPET + 4, 4), Some(59_604_644));
+        assert_eq!(vm.hpet_capabilities() >> 32, 59_604_644);
+        for gpa in [0, HPET + HPET_SIZE, LAPIC + APIC_SIZE, u64::MAX] {
+            assert_eq!(vm.mmio_read(0, gpa, 4), None);
+            assert!(!vm.mmio_write(0, gpa, 4, 0));
+            assert_eq!(vm.kernemu_read(0, gpa, 4).unwrap_err().errno(), libc::EINVAL);
+        }
+        assert_eq!(vm.lapic_local_irq(0, 7).unwrap_err().errno(), libc::EINVAL);
+        assert_eq!(vm.lapic_local_irq(1, 0).unwrap_err().errno(), libc::EINVAL);
+        assert_eq!(vm.rtc_read(128).unwrap_err().errno(), libc::EINVAL);
+        assert_eq!(vm.isa_set_irq_trigger(8, true).unwrap_err().errno(), libc::EINVAL);
+    }
+
+    #[test]
+    fn a_local_apic_timer_reaches_its_vcpu() {
+        let vm = machine(1, SPIN);
+        vm.kernemu_write(0, SVR, 4, 0x1ff).unwrap();
+        vm.kernemu_write(0, LAPIC + 0x320, 4, 0x40).unwrap();
+        vm.kernemu_write(0, LAPIC + 0x380, 4, 10_000).unwrap();
+        let vcpu = &vm.vcpus[0];
+        assert_eq!(vcpu.events.wait(events::INTR, Some(LIMIT)), events::INTR);
+        assert_eq!(vcpu.lapic.pending_intr(), Some(0x40));
+    }
+
+    #[test]
+    fn a_tsc_deadline_that_has_passed_is_now() {
+        let vm = Vm::new(1).unwrap();
+        vm.vcpus[0].tsc_adjust.store(1 << 50, Ordering::Relaxed);
+        assert!(vm.tsc(0) >= 1 << 50);
+        assert!(vm.tsc_to_ns(0, 1 << 49) <= vm.now());
+        let second = vm.tsc_to_ns(0, vm.tsc(0) + vm.tsc_hz());
+        assert!(second.abs_diff(vm.now() + 1_000_000_000) < 500_000_000);
+        vm.vcpus[0].tsc_adjust.store(1_u64.wrapping_neg(), Ordering::Relaxed);
+        assert_eq!(vm.tsc_to_ns(0, u64::MAX), vm.clock.tsc_to_ns(u64::MAX));
+    }
+
+    #[test]
+    fn the_vm_goes_when_its_owners_do() {
+        let vm = Vm::new(1).unwrap();
+        vm.arm(Callout::Rtc, 0);
+        let gone = Arc::downgrade(&vm);
+        drop(vm);
+        let start = std::time::Instant::now();
+        while gone.upgrade().is_some() {
+            assert!(start.elapsed() < LIMIT);
+            thread::yield_now();
         }
     }
 }
