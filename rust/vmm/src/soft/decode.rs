@@ -77,14 +77,6 @@ impl Lower<'_> {
             Register::EIP => 32,
             r => r.size() * 8,
         };
-        let width = if self.bits == 64 && width == 32 && i.memory_base() == Register::None
-            && i.memory_index() == Register::None
-        {
-            // A 32-bit displacement without registers: sign-extended unless prefixed.
-            if i.op_kind_is_addr32() { 32 } else { 64 }
-        } else {
-            width
-        };
         op.amask = match width {
             16 => 0xFFFF,
             32 => 0xFFFF_FFFF,

@@ -16,6 +16,10 @@ pub trait Int: Copy + Eq + Default {
     /// # Safety
     /// `p` points to `SIZE` mapped, writable bytes.
     unsafe fn store(p: *mut u8, v: Self);
+    /// Write a register: 32-bit results clear the upper half.
+    /// # Safety
+    /// `p` points into `Cpu::r`; to a register's start when `SIZE` is 4.
+    unsafe fn put(p: *mut u8, v: Self);
     fn from_u64(v: u64) -> Self;
     /// Zero-extended.
     fn to_u64(self) -> u64;
@@ -24,7 +28,7 @@ pub trait Int: Copy + Eq + Default {
 }
 
 macro_rules! int {
-    ($t:ty, $s:ty, $load:literal, $store:literal, $class:ident, $wide:ty) => {
+    ($t:ty, $s:ty, $load:literal, $store:literal, $class:ident, $wide:ty, $reg:ty) => {
         impl Int for $t {
             const SIZE: u64 = size_of::<$t>() as u64;
             const BITS: u32 = <$t>::BITS;
@@ -47,6 +51,11 @@ macro_rules! int {
                 }
             }
             #[inline(always)]
+            unsafe fn put(p: *mut u8, v: Self) {
+                // SAFETY: the caller's promise.
+                unsafe { p.cast::<$reg>().write_unaligned(v as $reg) }
+            }
+            #[inline(always)]
             fn from_u64(v: u64) -> Self {
                 v as $t
             }
@@ -62,7 +71,7 @@ macro_rules! int {
     };
 }
 
-int!(u8, i8, "movzx {v:e}, byte ptr [{p}]", "mov byte ptr [{p}], {v}", reg_byte, u32);
-int!(u16, i16, "movzx {v:e}, word ptr [{p}]", "mov word ptr [{p}], {v:x}", reg, u32);
-int!(u32, i32, "mov {v:e}, dword ptr [{p}]", "mov dword ptr [{p}], {v:e}", reg, u32);
-int!(u64, i64, "mov {v}, qword ptr [{p}]", "mov qword ptr [{p}], {v}", reg, u64);
+int!(u8, i8, "movzx {v:e}, byte ptr [{p}]", "mov byte ptr [{p}], {v}", reg_byte, u32, u8);
+int!(u16, i16, "movzx {v:e}, word ptr [{p}]", "mov word ptr [{p}], {v:x}", reg, u32, u16);
+int!(u32, i32, "mov {v:e}, dword ptr [{p}]", "mov dword ptr [{p}], {v:e}", reg, u32, u64);
+int!(u64, i64, "mov {v}, qword ptr [{p}]", "mov qword ptr [{p}], {v}", reg, u64, u64);
