@@ -43,6 +43,8 @@ pub struct Block {
     pub len: u64,
     /// Physical page of the second part of a straddling instruction.
     pub gpa2: Option<u64>,
+    /// Guest instructions; `ops` may have one more entry that leaves the block.
+    pub count: u64,
     /// Key in the cache's map.
     pub(super) key: u64,
 }
@@ -83,6 +85,8 @@ pub struct Cache {
     pages: Map<Vec<*const Block>>,
     blocks: Vec<Box<Block>>,
     ops: usize,
+    /// Pages that lost their last block.
+    pub emptied: Vec<u64>,
     pub mode: u8,
     /// The block being run.
     pub current: *const Block,
@@ -101,6 +105,7 @@ impl Default for Cache {
             pages: Map::default(),
             blocks: Vec::new(),
             ops: 0,
+            emptied: Vec::new(),
             mode: 0,
             current: ptr::null(),
             retired: 0,
@@ -156,7 +161,7 @@ impl Cache {
 /// Handler that replaces those of a block whose code has been overwritten while it runs.
 unsafe fn overwritten(cpu: &mut Cpu, op: *const Op) -> Flow {
     // SAFETY: called as a handler, with its op; `current` is the block of that op.
-    let (op, n) = unsafe { (&*op, (*cpu.cache.current).ops.len() as u64) };
+    let (op, n) = unsafe { (&*op, (*cpu.cache.current).count) };
     cpu.rip = op.rip(cpu) & cpu.rip_mask();
     // `run` will count the whole block.
     cpu.cache.retired = cpu.cache.retired.wrapping_sub(n - u64::from(op.pos));
@@ -182,9 +187,9 @@ impl Cpu {
 
     /// Before decoding from a physical page: see to it that writes to it will be noticed.
     pub fn watch_code_page(&mut self, gpa: u64) {
-        if !self.cache.pages.contains_key(&(gpa >> 12)) || self.page_flags(gpa) & CODE == 0 {
-            self.protect_code_page(gpa & !0xFFF);
-            self.cache.pages.entry(gpa >> 12).or_default();
+        if !self.cache.pages.contains_key(&(gpa >> 12)) {
+            self.protect_code_page(gpa);
+            self.cache.pages.insert(gpa >> 12, Vec::new());
         }
     }
 
@@ -195,7 +200,7 @@ impl Cpu {
         let me = self.id;
         for v in &self.vm().vcpus {
             if v.id != me {
-                v.post_code_write(gpa, len);
+                v.code_written(gpa, len);
             }
         }
     }
@@ -212,6 +217,9 @@ impl Cpu {
                         touches(b, gpa, len)
                     })
                     .collect();
+                if list.is_empty() {
+                    self.cache.emptied.push(page);
+                }
                 for b in hit {
                     self.kill(b);
                 }
@@ -237,11 +245,27 @@ impl Cpu {
         }
     }
 
+    /// Give up the pages whose last block has gone.  Only between blocks.
+    pub fn tidy(&mut self) {
+        let mut gone = std::mem::take(&mut self.cache.emptied);
+        gone.sort_unstable();
+        gone.dedup();
+        gone.retain(|p| self.cache.pages.get(p).is_some_and(Vec::is_empty));
+        for p in &gone {
+            self.cache.pages.remove(p);
+        }
+        self.release_code_pages(gone);
+    }
+
     /// Drop all blocks.  Only between blocks.
     pub fn drop_blocks(&mut self) {
+        let pages: Vec<u64> = self.cache.pages.drain().map(|(p, _)| p).collect();
+        if !pages.is_empty() {
+            self.release_code_pages(pages);
+        }
         let c = &mut self.cache;
+        c.emptied.clear();
         c.map.clear();
-        c.pages.clear();
         c.blocks.clear();
         c.ops = 0;
         c.current = ptr::null();

@@ -7,7 +7,7 @@ use super::native;
 use super::op::*;
 use super::state::*;
 use super::sys;
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Register};
 use std::any::Any;
 use std::cell::Cell;
 use std::ptr;
@@ -161,3 +161,188 @@ unsafe fn slow_end(cpu: &mut Cpu, op: *const Op) -> Flow {
         Err(s) => cpu.stop_at(op, s),
     }
 }
+
+/// Bytes decoded at once: enough for `MAX_OPS` common instructions.
+const WINDOW: usize = 256;
+/// The longest legal instruction.
+const MAX_LEN: usize = 15;
+
+/// More than 15 bytes: #GP.
+fn too_long(cpu: &mut Cpu, _: &Instruction) -> Result<Next, Stop> {
+    Err(cpu.gp(0))
+}
+
+impl Cpu {
+    /// The block at a linear address (`rip` is set to it), decoded now if need be.  With
+    /// `single`, of one instruction.
+    pub(super) fn block_at(&mut self, lin: u64, single: bool) -> Result<*const Block, Stop> {
+        let gpa = self.fetch_gpa(lin)?;
+        let flat = self.cache.mode & mode::FLAT != 0;
+        if let Some(b) = self.cache.get(gpa, single) {
+            // SAFETY: blocks live until `drop_blocks`.
+            let known = unsafe { &*b };
+            let same = match known.gpa2 {
+                None => true,
+                Some(g) => self.fetch_gpa(next_page(lin))? == g,
+            };
+            if same && (flat || self.rip + known.len - 1 <= self.code_limit()) {
+                return Ok(b);
+            }
+        }
+        let block = self.decode(lin, gpa, single, flat)?;
+        Ok(self.insert(block, single))
+    }
+
+    fn code_limit(&self) -> u64 {
+        u64::from(self.seg[CS as usize].limit)
+    }
+
+    fn decode(
+        &mut self,
+        lin: u64,
+        gpa: u64,
+        single: bool,
+        flat: bool,
+    ) -> Result<Box<Block>, Stop> {
+        let bits = self.code_bits();
+        self.watch_code_page(gpa);
+        let mut buf = [0; WINDOW + MAX_LEN];
+        let first = ((PAGE - (gpa & (PAGE - 1))) as usize).min(WINDOW);
+        self.fetch_bytes(gpa, &mut buf[..first]);
+        // Where CS ends in the middle of the window, instructions beyond it raise #GP.
+        let limit = if flat || self.code64() { u64::MAX } else { self.code_limit() };
+        let mut block = Box::new(Block {
+            ops: Box::new([]),
+            data: Vec::new(),
+            links: [Cell::new(ptr::null()), Cell::new(ptr::null())],
+            valid: Cell::new(true),
+            gpa,
+            len: 0,
+            gpa2: None,
+            count: 0,
+            key: 0,
+        });
+        let mut ops: Vec<Op> = Vec::with_capacity(16);
+        let mut off = 0;
+        let mut end = false;
+        let most = if single { 1 } else { MAX_OPS - 1 };
+        while !end && ops.len() < most && off < first {
+            if self.rip.wrapping_add(off as u64) > limit {
+                if off == 0 {
+                    return Err(self.gp(0));
+                }
+                break;
+            }
+            let mut insn = decode_one(bits, &buf[off..first], self.rip.wrapping_add(off as u64));
+            if insn.is_err() && first < WINDOW && off + MAX_LEN > first {
+                // It runs off the page: a block of its own.
+                if off > 0 {
+                    break;
+                }
+                let more = self.fetch_gpa(next_page(lin))?;
+                self.watch_code_page(more);
+                self.fetch_bytes(more, &mut buf[first..first + MAX_LEN]);
+                block.gpa2 = Some(more);
+                insn = decode_one(bits, &buf[..first + MAX_LEN], self.rip);
+                if insn.as_ref().is_ok_and(|i| i.len() <= first) {
+                    block.gpa2 = None;
+                }
+            }
+            let (insn, legal) = match insn {
+                Ok(i) => (i, true),
+                Err(i) => (i, false),
+            };
+            if self.rip.wrapping_add((off + insn.len().max(1)) as u64 - 1) > limit {
+                if off == 0 {
+                    return Err(self.gp(0));
+                }
+                break;
+            }
+            let mut l = Lower {
+                insn,
+                bits,
+                big_stack: self.cache.mode & mode::BIG_STACK != 0,
+                flat,
+                op: Op::new(interp::control::fall, off, insn.len(), ops.len()),
+                data: &mut block.data,
+                end: false,
+            };
+            let f = if legal {
+                self.lower(&mut l)
+            } else if over_long(bits, &buf[off..]) {
+                l.slow(too_long, true)
+            } else {
+                l.slow(interp::misc::undefined, true)
+            };
+            l.op.f.set(f);
+            off += insn.len().max(1);
+            end = l.end;
+            ops.push(l.op);
+            if block.gpa2.is_some() {
+                break;
+            }
+        }
+        block.count = ops.len() as u64;
+        block.len = off as u64;
+        if !end {
+            ops.push(Op::new(interp::control::fall, off, 0, ops.len()));
+        }
+        block.ops = ops.into();
+        Ok(block)
+    }
+
+    fn lower(&mut self, l: &mut Lower) -> Handler {
+        if !super::cpuid::shown(&l.insn) {
+            return l.slow(interp::misc::undefined, true);
+        }
+        if let Some(h) = interp::lower(l).or_else(|| native::lower(l)) {
+            return h;
+        }
+        match sys::lookup(&l.insn) {
+            Some((f, end)) => l.slow(f, end),
+            None => l.slow(interp::misc::undefined, true),
+        }
+    }
+
+    /// Instruction bytes from one physical page; what is no memory reads as all ones.
+    fn fetch_bytes(&self, gpa: u64, out: &mut [u8]) {
+        if self.page_flags(gpa) & crate::memory::PRESENT == 0 {
+            out.fill(0xFF);
+            return;
+        }
+        // SAFETY: the page is guest memory, and callers do not ask beyond its end.
+        unsafe {
+            let p = self.mem_base.add(gpa as usize);
+            ptr::copy_nonoverlapping(p, out.as_mut_ptr(), out.len());
+        }
+    }
+}
+
+fn next_page(lin: u64) -> u64 {
+    (lin | (PAGE - 1)).wrapping_add(1)
+}
+
+/// Err: not an instruction (its length is still that of the bytes looked at), or cut off.
+fn decode_one(bits: u32, bytes: &[u8], ip: u64) -> Result<Instruction, Instruction> {
+    let mut d = Decoder::with_ip(bits, bytes, ip, OPTIONS);
+    let i = d.decode();
+    if d.last_error() == DecoderError::None && i.code() != Code::INVALID { Ok(i) } else { Err(i) }
+}
+
+/// Obsolete encodings that no processor of the last 20 years has are not decoded.
+const OPTIONS: u32 = DecoderOptions::NONE;
+
+/// Is it an instruction but for having too many prefixes?
+fn over_long(bits: u32, bytes: &[u8]) -> bool {
+    let prefix = |b: u8| {
+        matches!(b, 0x26 | 0x2E | 0x36 | 0x3E | 0x64 | 0x65 | 0x66 | 0x67 | 0xF0 | 0xF2 | 0xF3)
+            || bits == 64 && b & 0xF0 == 0x40
+    };
+    let n = bytes.iter().take_while(|&&b| prefix(b)).count();
+    n >= MAX_LEN
+        || n > 0
+            && (1..=n).any(|skip| {
+                decode_one(bits, &bytes[skip..], 0).is_ok_and(|i| i.len() + skip > MAX_LEN)
+            })
+}
+

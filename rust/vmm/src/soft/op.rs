@@ -26,7 +26,7 @@ pub const STOP: Flow = 4;
 
 pub type Handler = unsafe fn(&mut Cpu, *const Op) -> Flow;
 
-/// Index in `Cpu::r` of the linear... of the RIP at which the running block starts.
+/// Index in `Cpu::r` of the RIP at which the running block starts.
 pub const R_RIP: u8 = 16;
 /// Index in `Cpu::r` of a register that is always 0.
 pub const R_ZERO: u8 = 17;
@@ -75,7 +75,28 @@ pub struct Op {
 }
 
 impl Op {
-    /// Linear... RIP of this instruction.
+    /// An op without operands.
+    pub fn new(f: Handler, off: usize, len: usize, pos: usize) -> Op {
+        Op {
+            f: Cell::new(f),
+            disp: 0,
+            imm: 0,
+            amask: u64::MAX,
+            base: R_ZERO,
+            index: R_ZERO,
+            scale: 0,
+            seg: DS,
+            dst: 0,
+            src: 0,
+            aux: 0,
+            flags: 0,
+            off: off as u16,
+            len: len as u8,
+            pos: pos as u8,
+        }
+    }
+
+    /// RIP of this instruction.
     #[inline(always)]
     pub fn rip(&self, cpu: &Cpu) -> u64 {
         cpu.r[R_RIP as usize].wrapping_add(u64::from(self.off))

@@ -221,8 +221,6 @@ pub struct Cpu {
     pub msr: super::msr::Msrs,
     pub ymm: [[u64; 4]; 16],
     pub fpu: Fpu,
-    /// XSAVE init-optimisation state: XSTATE_BV of components not in their initial state is derived.
-    pub xss: u64,
 
     /// Interrupts are held off for one instruction (STI, or MOV/POP SS).
     pub shadow: bool,
@@ -239,6 +237,23 @@ pub struct Cpu {
     pub replay: Vec<Replay>,
     /// How many of `replay` this run of the instruction has used.
     pub replay_pos: usize,
+    /// The access that userland has been asked for, and its answer.
+    pub asked: Option<Replay>,
+    pub answer: Option<u64>,
+    /// Why the last handler gave `STOP`.
+    pub stopped: Option<Stop>,
+    /// `Tlb` has an unfinished read-modify-write.
+    pub pending_commit: bool,
+    /// Data breakpoints hit by the running instruction: DR6 bits 0-3.
+    pub watch_hits: u64,
+    /// The instruction just run must not be followed by a single-step trap.
+    pub no_trap: bool,
+    /// The local APIC or the PIC may have an interrupt for us.
+    pub intr: bool,
+    pub nmi_pending: bool,
+    /// Inside an exclusive section; the epoch of the TLB (`safepoint`).
+    pub exclusive: bool,
+    pub epoch: u64,
     /// RIP behind the instruction that a slow handler runs; `rip` is at the instruction itself.
     pub next_rip: u64,
 
@@ -361,6 +376,9 @@ impl Cpu {
         let op = unsafe { &*op };
         self.rip = op.rip(self) & self.rip_mask();
         self.cache.retired += u64::from(op.pos);
+        if op.seg == SS {
+            self.stack_fault(stop);
+        }
         self.stopped = Some(stop);
         STOP
     }

@@ -32,7 +32,7 @@ impl Cpu {
     /// Leave the block in front of this instruction, to look at the mailbox.
     fn again(&mut self, op: *const Op) -> Flow {
         // SAFETY: handlers pass their own op; `current` is its block.
-        let (o, n) = unsafe { (&*op, (*self.cache.current).ops.len() as u64) };
+        let (o, n) = unsafe { (&*op, (*self.cache.current).count) };
         self.rip = o.rip(self) & self.rip_mask();
         self.cache.retired = self.cache.retired.wrapping_sub(n - u64::from(o.pos));
         BREAK
