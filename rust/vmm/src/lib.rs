@@ -9,4 +9,7 @@ pub mod io;
 pub mod memory;
 pub mod platform;
 pub mod regs;
+pub mod soft;
 pub mod stats;
+pub mod vcpu;
+pub mod vm;

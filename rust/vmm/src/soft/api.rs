@@ -148,8 +148,7 @@ impl Cpu {
         self.efer = 0;
         self.cpl = 0;
         self.seg = [NULL_SEG; 6];
-        self.seg[CS as usize] =
-            Seg { sel: 0xF000, base: 0xFFFF_0000, limit: 0xFFFF, access: 0x9B };
+        self.seg[CS as usize] = Seg { sel: 0xF000, base: 0xFFFF_0000, limit: 0xFFFF, access: 0x9B };
         self.ldtr = Seg { sel: 0, base: 0, limit: 0xFFFF, access: 0x82 };
         self.tr = Seg { sel: 0, base: 0, limit: 0, access: 0x8B };
         self.gdtr = TableReg { base: 0, limit: 0xFFFF };
@@ -449,7 +448,10 @@ impl Cpu {
     /// Take over a state; what no processor could be in is refused.
     pub fn restore(&mut self, s: CpuState) -> Result<(), String> {
         if s.version != VERSION {
-            return Err(format!("processor state version {} (this program has {VERSION})", s.version));
+            return Err(format!(
+                "processor state version {} (this program has {VERSION})",
+                s.version
+            ));
         }
         if s.cpl > 3 || s.mxcsr & !0xFFFF != 0 || s.xcr0 & !7 != 0 || s.xcr0 & 1 == 0 {
             return Err("processor state holds impossible values (CPL, MXCSR or XCR0)".into());
@@ -492,14 +494,6 @@ impl Cpu {
 
 impl Fpu {
     /// After FNINIT, with MXCSR as at reset.
-    pub const RESET: Fpu = Fpu {
-        fcw: 0x37F,
-        fsw: 0,
-        ftw: 0,
-        fop: 0,
-        fip: 0,
-        fdp: 0,
-        mxcsr: 0x1F80,
-        st: [[0; 2]; 8],
-    };
+    pub const RESET: Fpu =
+        Fpu { fcw: 0x37F, fsw: 0, ftw: 0, fop: 0, fip: 0, fdp: 0, mxcsr: 0x1F80, st: [[0; 2]; 8] };
 }

@@ -8,7 +8,6 @@
 
 use super::Cpu;
 use super::op::*;
-use crate::memory::CODE;
 use std::any::Any;
 use std::cell::Cell;
 use std::collections::HashMap;

@@ -87,7 +87,8 @@ impl Lower<'_> {
             Register::None => R_ZERO,
             Register::RIP | Register::EIP => {
                 // iced gives the target; make it relative to the block's first byte.
-                op.disp = i.memory_displacement64().wrapping_sub(i.ip()).wrapping_add(u64::from(op.off));
+                op.disp =
+                    i.memory_displacement64().wrapping_sub(i.ip()).wrapping_add(u64::from(op.off));
                 R_RIP
             }
             r => reg_index(r),
@@ -103,8 +104,7 @@ impl Lower<'_> {
     /// Use `seg` for the op's memory operand.
     pub fn seg(&mut self, seg: Register) {
         self.op.seg = seg_index(seg);
-        let checked = self.bits != 64
-            && (!self.flat || matches!(seg, Register::FS | Register::GS));
+        let checked = self.bits != 64 && (!self.flat || matches!(seg, Register::FS | Register::GS));
         if checked {
             self.op.flags |= F_CHECK;
         } else {
@@ -197,13 +197,7 @@ impl Cpu {
         u64::from(self.seg[CS as usize].limit)
     }
 
-    fn decode(
-        &mut self,
-        lin: u64,
-        gpa: u64,
-        single: bool,
-        flat: bool,
-    ) -> Result<Box<Block>, Stop> {
+    fn decode(&mut self, lin: u64, gpa: u64, single: bool, flat: bool) -> Result<Box<Block>, Stop> {
         let bits = self.code_bits();
         self.watch_code_page(gpa);
         let mut buf = [0; WINDOW + MAX_LEN];
@@ -345,4 +339,3 @@ fn over_long(bits: u32, bytes: &[u8]) -> bool {
                 decode_one(bits, &bytes[skip..], 0).is_ok_and(|i| i.len() + skip > MAX_LEN)
             })
 }
-

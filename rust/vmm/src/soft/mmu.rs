@@ -67,9 +67,15 @@ pub struct Tlb {
 enum Pending {
     Nothing,
     /// Written in place, on a page with translated code.
-    Code { gpa: u64, len: u64 },
+    Code {
+        gpa: u64,
+        len: u64,
+    },
     /// Written to the bounce buffer.
-    Bounce { lin: u64, len: u64 },
+    Bounce {
+        lin: u64,
+        len: u64,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -391,10 +397,17 @@ impl Cpu {
     }
 
     /// None: an entry changed under the walk.
-    fn walk_once(&self, lin: u64, acs: Access, user: bool, ac: bool) -> Option<Result<Mapped, u32>> {
+    fn walk_once(
+        &self,
+        lin: u64,
+        acs: Access,
+        user: bool,
+        ac: bool,
+    ) -> Option<Result<Mapped, u32>> {
         let code = (if user { pf::U } else { 0 })
             | (if acs == Access::Write { pf::W } else { 0 })
-            | (if acs == Access::Fetch && (self.efer & efer::NXE != 0 || self.cr4 & cr4::SMEP != 0) {
+            | (if acs == Access::Fetch && (self.efer & efer::NXE != 0 || self.cr4 & cr4::SMEP != 0)
+            {
                 pf::I
             } else {
                 0
@@ -428,9 +441,7 @@ impl Cpu {
             }
             let leaf = shift == 12
                 || e & pte::PS != 0
-                    && (shift == 21
-                        || shift == 30
-                        || shift == 22 && self.cr4 & cr4::PSE != 0);
+                    && (shift == 21 || shift == 30 || shift == 22 && self.cr4 & cr4::PSE != 0);
             let mut bad = 0;
             if wide {
                 bad |= e & RSVD_ADDR;
@@ -465,12 +476,8 @@ impl Cpu {
                 continue;
             }
             let denied = match acs {
-                Access::Fetch => {
-                    nx || user && !us || !user && us && self.cr4 & cr4::SMEP != 0
-                }
-                Access::Read => {
-                    user && !us || !user && us && self.cr4 & cr4::SMAP != 0 && !ac
-                }
+                Access::Fetch => nx || user && !us || !user && us && self.cr4 & cr4::SMEP != 0,
+                Access::Read => user && !us || !user && us && self.cr4 & cr4::SMAP != 0 && !ac,
                 Access::Write => {
                     user && !(us && write)
                         || !user

@@ -88,7 +88,11 @@ impl Cpu {
     fn events(&mut self) -> bool {
         let e = &self.vcpu().events;
         let set = e.take(
-            events::INTR | events::NMI | events::CODE | events::SAFEPOINT | events::INIT
+            events::INTR
+                | events::NMI
+                | events::CODE
+                | events::SAFEPOINT
+                | events::INIT
                 | events::SIPI,
         );
         let back = e.peek() & events::RETURN != 0;

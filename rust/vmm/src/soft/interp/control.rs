@@ -193,10 +193,8 @@ pub fn lower(l: &mut Lower) -> Option<Handler> {
     }
     l.op.disp = if l.bits == 64 { u64::MAX } else { 0xFFFF_FFFF };
     let slot = i.stack_pointer_increment().unsigned_abs() as usize;
-    let near = matches!(
-        i.op0_kind(),
-        OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64
-    );
+    let near =
+        matches!(i.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64);
     let h = match i.mnemonic() {
         Mnemonic::Jmp if near => {
             branch(l);

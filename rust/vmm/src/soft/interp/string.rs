@@ -39,7 +39,14 @@ impl Cpu {
     }
 
     #[inline(always)]
-    fn string_lin(&mut self, o: &Op, seg: u8, ea: u64, size: u64, write: bool) -> Result<u64, Stop> {
+    fn string_lin(
+        &mut self,
+        o: &Op,
+        seg: u8,
+        ea: u64,
+        size: u64,
+        write: bool,
+    ) -> Result<u64, Stop> {
         if o.flags & F_CHECK != 0 {
             return self.lin_checked(seg, ea, size, write);
         }
@@ -113,14 +120,22 @@ impl StringOp for Movs {
         // SAFETY: both runs stay in pages of guest memory that may be accessed so.
         unsafe {
             match T::SIZE {
-                1 => asm!("rep movsb", inout("rcx") n => _, inout("rsi") s => _, inout("rdi") d => _,
-                    options(nostack, preserves_flags)),
-                2 => asm!("rep movsw", inout("rcx") n => _, inout("rsi") s => _, inout("rdi") d => _,
-                    options(nostack, preserves_flags)),
-                4 => asm!("rep movsd", inout("rcx") n => _, inout("rsi") s => _, inout("rdi") d => _,
-                    options(nostack, preserves_flags)),
-                _ => asm!("rep movsq", inout("rcx") n => _, inout("rsi") s => _, inout("rdi") d => _,
-                    options(nostack, preserves_flags)),
+                1 => {
+                    asm!("rep movsb", inout("rcx") n => _, inout("rsi") s => _, inout("rdi") d => _,
+                    options(nostack, preserves_flags))
+                }
+                2 => {
+                    asm!("rep movsw", inout("rcx") n => _, inout("rsi") s => _, inout("rdi") d => _,
+                    options(nostack, preserves_flags))
+                }
+                4 => {
+                    asm!("rep movsd", inout("rcx") n => _, inout("rsi") s => _, inout("rdi") d => _,
+                    options(nostack, preserves_flags))
+                }
+                _ => {
+                    asm!("rep movsq", inout("rcx") n => _, inout("rsi") s => _, inout("rdi") d => _,
+                    options(nostack, preserves_flags))
+                }
             }
         }
         Ok(n)
@@ -268,8 +283,26 @@ pub fn lower(l: &mut Lower) -> Option<Handler> {
     if !i.is_string_instruction()
         || !matches!(
             m,
-            Movsb | Movsw | Movsd | Movsq | Stosb | Stosw | Stosd | Stosq | Lodsb | Lodsw | Lodsd
-                | Lodsq | Cmpsb | Cmpsw | Cmpsd | Cmpsq | Scasb | Scasw | Scasd | Scasq
+            Movsb
+                | Movsw
+                | Movsd
+                | Movsq
+                | Stosb
+                | Stosw
+                | Stosd
+                | Stosq
+                | Lodsb
+                | Lodsw
+                | Lodsd
+                | Lodsq
+                | Cmpsb
+                | Cmpsw
+                | Cmpsd
+                | Cmpsq
+                | Scasb
+                | Scasw
+                | Scasd
+                | Scasq
         )
     {
         return None;

@@ -1,0 +1,1 @@
+//! Comes with the system half of the processor.
