@@ -208,6 +208,12 @@ class VmCtx:
         self.ended = how
         self._save(devices=self.vm.save_devices())
 
+    def save_changes(self) -> None:
+        """Keep what was changed in a VM that does not run."""
+        # A VM that has yet to run gets its devices, and their number of vCPUs, then.
+        ended = self.phase is VmPhase.ENDED
+        self._save(devices=self.vm.save_devices() if ended else None)
+
     def _save(self, devices: dict[str, Any] | None) -> None:
         sockets, cores, threads, _ = self.vm.get_topology()
         self.directory.save_state(
@@ -229,12 +235,13 @@ class VmCtx:
             return
         self.phase = VmPhase(state["phase"])
         self.ended = SuspendHow(state["ended"])
-        if not self.directory.has_memory():
-            raise VmError(
-                f"VM '{self.name}' has lost its memory, the host was restarted: "
-                "destroy the VM"
-            )
-        self.setup_memory(0, [int(size) for size in state["memory"]])
+        if sizes := [int(size) for size in state["memory"]]:
+            if not self.directory.has_memory():
+                raise VmError(
+                    f"VM '{self.name}' has lost its memory, the host was restarted: "
+                    "destroy the VM"
+                )
+            self.setup_memory(0, sizes)
         for index, vcpu in enumerate(state["vcpus"][: self.vm.maxcpus]):
             self.vm.vcpu(index).restore(vcpu)
         if len(state["vcpus"]) == self.vm.maxcpus:

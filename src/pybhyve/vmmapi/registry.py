@@ -95,6 +95,11 @@ def _is_tmpfs(path: Path) -> bool:
     return False
 
 
+def control_path(name: str) -> Path:
+    """The control socket of a VM; its length may be above a socket address's limit."""
+    return run_dir() / check_name(name) / "control"
+
+
 class VmDir:
     """The directory of one VM, locked for this process while the object is open."""
 

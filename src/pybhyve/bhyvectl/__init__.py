@@ -1,0 +1,1 @@
+"""bhyvectl: looks into VMs, and creates, changes and destroys them."""
