@@ -98,13 +98,7 @@ class Node:
         Raises ConfigError where a component is empty or a leaf is in the way.
         """
         node: Node = self
-        if path.count(".") >= LEVELS_MAX:
-            raise ConfigError(f"Invalid configuration node {path[:32]}…: too deep")
-        for part in path.split("."):
-            if not part:
-                raise ConfigError(
-                    f"Invalid configuration node {self.path_of(path)}: empty name"
-                )
+        for part in self._parts(path):
             child = node._children.get(part)
             if child is None:
                 child = Node(self.root, node.path_of(part))
@@ -117,18 +111,23 @@ class Node:
             node = child
         return node
 
+    def _parts(self, path: str) -> list[str]:
+        parts = path.split(".")
+        wrong = "too deep" if len(parts) > LEVELS_MAX else "empty name"
+        if not all(parts) or len(parts) > LEVELS_MAX:
+            raise ConfigError(
+                f"Invalid configuration node {self.path_of(path)[:80]}: {wrong}"
+            )
+        return parts
+
     def set(self, path: str, value: str) -> None:
         """Give a leaf a value; a leaf that exists moves to the end of its node.
 
         Raises ConfigError where the path has an empty component, passes through a leaf
         or names a node.
         """
-        above, _, name = path.rpartition(".")
-        if not name or (not above and "." in path):
-            raise ConfigError(
-                f"Invalid configuration node {self.path_of(path)}: empty name"
-            )
-        node = self.create(above) if above else self
+        *above, name = self._parts(path)
+        node = self.create(".".join(above)) if above else self
         if isinstance(node._children.get(name), Node):
             raise ConfigError(
                 f"Attempting to add value {value} to existing node {self.path_of(path)}"

@@ -33,6 +33,14 @@ class DomainOptions(Options):
     )
 
 
+class FwcfgOptions(Options):
+    """``fwcfg.N.…``: one item of ``-f``."""
+
+    name: str = key(doc="Name of the item.")
+    string: str | None = key(None, doc="Its data, with a NUL behind.")
+    file: str | None = key(None, doc="File with its data.")
+
+
 class GlobalOptions(Options):
     """Every variable outside ``pci``, typed; an instance is one machine's settings."""
 
@@ -67,9 +75,12 @@ class GlobalOptions(Options):
         None, doc="Linux, PVH or multiboot kernel to load before the start."
     )
     initrd: str | None = key(None, doc="Initial RAM disk for kernel.")
-    cmdline: str = key("", doc="Command line for kernel.")
+    cmdline: str | None = key(
+        None, doc="Command line for kernel; Linux talks on com1 if not given."
+    )
     bootrom: str | None = key(None, doc="Firmware image.")
     bootvars: str | None = key(None, doc="Firmware's variable store.")
+    restore: str | None = key(None, doc="Checkpoint to go on from.")
     gdb_address: str = key(
         "localhost", name="gdb.address", doc="Where the debug server listens."
     )
@@ -187,3 +198,4 @@ class GlobalOptions(Options):
     lpc_pcireg_subdevice: str = key("0", name="lpc.pcireg.subdevice", doc="PCI id.")
     vcpu: Mapping[int, VcpuOptions] = numbered(VcpuOptions, doc="One vCPU.")
     domains: Mapping[int, DomainOptions] = numbered(DomainOptions, doc="NUMA domains.")
+    fwcfg: Mapping[int, FwcfgOptions] = numbered(FwcfgOptions, doc="Firmware items.")

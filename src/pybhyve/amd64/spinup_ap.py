@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from pybhyve.vmmapi import REGISTERS
+from pybhyve.vmmapi import REGISTERS, Vm
 
 if TYPE_CHECKING:
     from pybhyve.bhyverun.machine import Machine
@@ -30,23 +30,20 @@ def handle_ipi(
 
     A start-up IPI to a CPU that runs is ignored, as a processor does: guests send two.
     """
-    vcpus = machine.vcpus
+    suspended = machine.vm.debug_cpus()
     for target in targets:
-        if target >= machine.ncpu:
-            continue
         if mode == APIC_DELMODE_INIT:
-            if not vcpus.is_suspended(target):
-                vcpus.suspend_cpu(target)
-        elif mode == APIC_DELMODE_STARTUP and vcpus.is_suspended(target):
-            _start(machine, target, vector)
+            machine.vm.suspend_cpu(target)
+        elif mode == APIC_DELMODE_STARTUP and target in suspended:
+            _start(machine.vm, target, vector)
 
 
-def _start(machine: Machine, target: int, vector: int) -> None:
+def _start(vm: Vm, target: int, vector: int) -> None:
     """Begin at the start of the page that the vector names, in real mode."""
     log.debug("sipi vcpu=%d vector=%#x", target, vector)
-    vcpu = machine.vm.vcpu(target)
+    vcpu = vm.vcpu(target)
     vcpu.reset()
     vcpu.set_register(REGISTERS["cs"], vector << 8)
     vcpu.set_desc(REGISTERS["cs"], vector << 12, 0xFFFF, CS_ACCESS)
     vcpu.set_register(REGISTERS["rip"], 0)
-    machine.vcpus.resume_cpu(target)
+    vm.resume_cpu(target)

@@ -87,7 +87,7 @@ class Machine:
         Returns why, or the exit status that a device asked for with `exit`.  Raises the
         BhyveError that ended it.  The caller goes on with `halt`.
         """
-        self.vcpus.resume_cpu(BSP)
+        self.vm.resume_cpu(BSP)
         return self.dispatch()
 
     def dispatch(self) -> SuspendHow | int:
@@ -113,8 +113,6 @@ class Machine:
         self.phase = Phase.HALTED
         if self._vcpus is not None:
             self.ctx.suspend(SuspendHow.POWEROFF)
-            for index in range(self.ncpu):
-                self.vm.resume_cpu(index)
             self._vcpus.join(JOIN_SECONDS)
         for device in reversed(self.devices.values()):
             device.halt()
@@ -177,7 +175,6 @@ class Machine:
             },
             "kernel": self.vm.save_devices(),
             "vcpus": [self.vm.vcpu(index).save() for index in range(self.ncpu)],
-            "suspended": sorted(self.vcpus.debugged),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -207,7 +204,6 @@ class Machine:
         self.vm.restore_devices(state["kernel"])
         for name, device in self.devices.items():
             device.restore(state["devices"][name])
-        self.vcpus.debugged = frozenset(state["suspended"])
 
     def _expect(self, phase: Phase) -> None:
         if self.phase is not phase:

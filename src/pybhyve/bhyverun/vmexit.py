@@ -37,7 +37,9 @@ def vcpu_loop(machine: Machine, vcpu: Vcpu) -> SuspendHow:
                     vcpu.complete(mem.read(me, gpa, size))
                 case (Exit.INST_EMUL, gpa, size, value):
                     mem.write(me, gpa, size, value)
-                case (Exit.BOGUS | Exit.HLT | Exit.MTRAP | Exit.IOAPIC_EOI, *_):
+                case (Exit.BOGUS | Exit.DEBUG,):
+                    machine.vcpus.rest(vcpu)
+                case (Exit.HLT | Exit.MTRAP | Exit.IOAPIC_EOI, *_):
                     pass
                 case (Exit.PAUSE,):
                     os.sched_yield()
@@ -47,8 +49,6 @@ def vcpu_loop(machine: Machine, vcpu: Vcpu) -> SuspendHow:
                     msrs.wrmsr(msr, value)
                 case (Exit.IPI, mode, vector, targets):
                     handle_ipi(machine, mode, vector, targets)
-                case (Exit.DEBUG,):
-                    machine.vcpus.park(vcpu)
                 case (Exit.SUSPENDED, how):
                     return SuspendHow(how)
                 case other:
