@@ -18,6 +18,14 @@ class Device:
     called between `pause` and `resume`, or before `start`.
     """
 
+    acpi_scope: str = "_SB"
+    """Where in the DSDT `dsdt` writes: ``_SB``, ``ISA`` (below the ISA bridge, or in
+    ``_SB`` where there is none), or ``PCxx`` for PCI bus xx."""
+
+    acpi_resources: tuple[bytes, ...] = ()
+    """Ports and memory that no ACPI device claims, as resource descriptors; the DSDT
+    reserves them."""
+
     def start(self) -> None:
         """Begin to work.  Main thread; all devices are attached, no vCPU runs yet."""
 

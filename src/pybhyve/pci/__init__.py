@@ -1,1 +1,11 @@
-"""PCI: buses, and one file per device."""
+"""PCI: buses, and one file per device.
+
+Importing this package registers every device: the list below is the list of them.
+"""
+
+from __future__ import annotations
+
+from pybhyve.pci import dummy, hostbridge, lpc, uart
+from pybhyve.pci.bus import PciHost, init_pci
+
+__all__ = ["PciHost", "dummy", "hostbridge", "init_pci", "lpc", "uart"]

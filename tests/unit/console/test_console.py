@@ -20,7 +20,7 @@ from pybhyve.console import Backend, open_backend
 from pybhyve.console.backend import HIGH_WATER
 from pybhyve.console.stdio import EscapeFilter
 from pybhyve.console.tcp import TcpBackend, parse_address
-from pybhyve.console.tty import PtyBackend
+from pybhyve.console.tty import PtyBackend, TtyBackend
 from pybhyve.errors import DeviceError
 from pybhyve.mevent import EventLoop
 
@@ -212,6 +212,7 @@ def test_tty_is_raw_until_the_end(loop):
 def test_tty_that_goes_away(loop):
     master, slave = pty.openpty()
     backend = open_backend(os.ttyname(slave), loop, unwanted)
+    assert isinstance(backend, TtyBackend)
     backend.start(Guest())
     os.close(slave)
     os.close(master)

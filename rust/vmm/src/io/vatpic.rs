@@ -18,7 +18,8 @@ pub const ELCR: u16 = 0x4d0;
 pub const ELCR2: u16 = 0x4d1;
 
 const LINES: u8 = 16;
-const CASCADE: u8 = 1 << 2;
+const CASCADE_LINE: u8 = 2;
+const CASCADE: u8 = 1 << CASCADE_LINE;
 
 // Initialization command words.
 const ICW1_IC4: u8 = 1 << 0;
@@ -266,7 +267,7 @@ impl State {
 
     fn acknowledge(&mut self, chip: usize, line: u8) {
         if chip == 1 {
-            self.chips[0].acknowledge(CASCADE.ilog2() as u8);
+            self.chips[0].acknowledge(CASCADE_LINE);
         }
         self.chips[chip].acknowledge(line);
     }
@@ -311,7 +312,7 @@ impl State {
     /// Make a state from outside one that the pair could have reached.
     fn sanitise(&mut self) {
         // Line 2 has no source but the slave.
-        self.asserted[usize::from(CASCADE.ilog2() as u8)] = 0;
+        self.asserted[usize::from(CASCADE_LINE)] = 0;
         for (chip, (state, elcr)) in self.chips.iter_mut().zip(ELCR_WRITABLE).enumerate() {
             state.icw = if state.icw <= 4 && state.icw != 1 { state.icw } else { 0 };
             state.ready &= state.icw == 0;
@@ -479,5 +480,411 @@ impl Vatpic {
 }
 
 fn has_source(irq: u8) -> bool {
-    irq < LINES && 1u16 << irq != CASCADE.into()
+    irq < LINES && irq != CASCADE_LINE
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::testplat::{Event, TestPlatform};
+    use super::*;
+
+    fn out(p: &TestPlatform, pic: &Vatpic, port: u16, value: u8) {
+        pic.write(p, port, 1, value.into()).unwrap();
+    }
+
+    fn inb(p: &TestPlatform, pic: &Vatpic, port: u16) -> u8 {
+        pic.read(p, port, 1).unwrap() as u8
+    }
+
+    /// The PC's usual set-up: vectors 0x30 and 0x38, everything unmasked.
+    fn pic(p: &TestPlatform, icw4: u8) -> Vatpic {
+        let pic = Vatpic::new();
+        for (port, base, icw3) in [(MASTER, 0x30, 4), (SLAVE, 0x38, 2)] {
+            out(p, &pic, port, 0x11);
+            out(p, &pic, port + 1, base);
+            out(p, &pic, port + 1, icw3);
+            out(p, &pic, port + 1, icw4);
+        }
+        pic
+    }
+
+    /// Take interrupts until there are no more.
+    fn accept(p: &TestPlatform, pic: &Vatpic) -> Option<u8> {
+        let vector = pic.pending_intr()?;
+        pic.intr_accepted(p, vector);
+        Some(vector)
+    }
+
+    const EOI: u8 = 0x20;
+
+    #[test]
+    fn initialization_sequences() {
+        // ICW1, writes to port 1, ready?, mask after one more write of 0xa5.
+        let table: &[(u8, &[u8], bool, u8)] = &[
+            (0x11, &[0x30, 4, 1], true, 0xa5),
+            (0x11, &[0x30, 4], false, 0),
+            (0x10, &[0x30, 4], true, 0xa5),
+            (0x13, &[0x30, 1], true, 0xa5),
+            (0x12, &[0x30], true, 0xa5),
+            (0x1f, &[0x30, 1], true, 0xa5),
+        ];
+        for (icw1, icws, ready, mask) in table {
+            let p = TestPlatform::new(1);
+            let pic = Vatpic::new();
+            out(&p, &pic, MASTER, *icw1);
+            for &icw in *icws {
+                out(&p, &pic, MASTER + 1, icw);
+            }
+            pic.pulse_irq(&p, 1);
+            assert_eq!(pic.pending_intr(), ready.then_some(0x31), "{icw1:#x} {icws:x?}");
+            out(&p, &pic, MASTER + 1, 0xa5);
+            assert_eq!(inb(&p, &pic, MASTER + 1), *mask, "{icw1:#x} {icws:x?}");
+        }
+    }
+
+    #[test]
+    fn silent_before_initialization() {
+        let p = TestPlatform::new(1);
+        let pic = Vatpic::new();
+        pic.assert_irq(&p, 1);
+        assert_eq!(pic.pending_intr(), None);
+        out(&p, &pic, MASTER + 1, 0xfb);
+        assert_eq!(inb(&p, &pic, MASTER + 1), 0xfb, "a probe finds the mask register");
+        assert_eq!(inb(&p, &pic, MASTER), 0x02);
+        for value in [0x11, 0x30, 4, 1] {
+            out(&p, &pic, MASTER + u16::from(value != 0x11), value);
+        }
+        assert_eq!(pic.pending_intr(), None, "ICW1 clears the edge sense circuit");
+    }
+
+    #[test]
+    fn fixed_priorities_and_nesting() {
+        let p = TestPlatform::new(1);
+        let pic = pic(&p, 1);
+        for irq in [12, 7, 5, 8, 3] {
+            pic.pulse_irq(&p, irq);
+        }
+        assert_eq!(accept(&p, &pic), Some(0x38));
+        assert_eq!(pic.pending_intr(), None, "the cascade outranks 3");
+        out(&p, &pic, SLAVE, EOI);
+        out(&p, &pic, MASTER, EOI);
+        assert_eq!(accept(&p, &pic), Some(0x3c));
+        out(&p, &pic, SLAVE, EOI);
+        out(&p, &pic, MASTER, EOI);
+        assert_eq!(accept(&p, &pic), Some(0x33));
+        pic.pulse_irq(&p, 1);
+        assert_eq!(accept(&p, &pic), Some(0x31), "higher priority interrupts the handler");
+        assert_eq!(pic.pending_intr(), None);
+        out(&p, &pic, MASTER, EOI);
+        assert_eq!(pic.pending_intr(), None);
+        out(&p, &pic, MASTER, EOI);
+        assert_eq!(accept(&p, &pic), Some(0x35));
+        out(&p, &pic, MASTER, 0x65);
+        assert_eq!(accept(&p, &pic), Some(0x37), "after a specific EOI");
+    }
+
+    #[test]
+    fn registers_show_requests_and_service() {
+        let p = TestPlatform::new(1);
+        let pic = pic(&p, 1);
+        pic.pulse_irq(&p, 3);
+        pic.pulse_irq(&p, 4);
+        pic.pulse_irq(&p, 10);
+        assert_eq!(inb(&p, &pic, MASTER), 0x1c);
+        assert_eq!(inb(&p, &pic, SLAVE), 0x04);
+        assert_eq!(accept(&p, &pic), Some(0x3a));
+        out(&p, &pic, MASTER, 0x0b);
+        out(&p, &pic, SLAVE, 0x0b);
+        assert_eq!((inb(&p, &pic, MASTER), inb(&p, &pic, SLAVE)), (0x04, 0x04));
+        out(&p, &pic, MASTER, 0x0a);
+        assert_eq!(inb(&p, &pic, MASTER), 0x18);
+    }
+
+    #[test]
+    fn mask_holds_back_and_remembers() {
+        let p = TestPlatform::new(1);
+        let pic = pic(&p, 1);
+        out(&p, &pic, MASTER + 1, 0x02);
+        pic.pulse_irq(&p, 1);
+        assert_eq!(pic.pending_intr(), None);
+        out(&p, &pic, MASTER + 1, 0);
+        assert_eq!(pic.pending_intr(), Some(0x31));
+        pic.pulse_irq(&p, 9);
+        out(&p, &pic, MASTER + 1, 0x06);
+        assert_eq!(pic.pending_intr(), None);
+        out(&p, &pic, MASTER + 1, 0x02);
+        assert_eq!(pic.pending_intr(), Some(0x39));
+    }
+
+    #[test]
+    fn levels_stay_and_edges_do_not() {
+        let p = TestPlatform::new(1);
+        let pic = pic(&p, 3);
+        pic.set_irq_trigger(&p, 5, true).unwrap();
+        for irq in [4, 5] {
+            pic.assert_irq(&p, irq);
+        }
+        assert_eq!(accept(&p, &pic), Some(0x34));
+        assert_eq!(accept(&p, &pic), Some(0x35));
+        assert_eq!(accept(&p, &pic), Some(0x35), "a level with automatic EOI comes again");
+        pic.assert_irq(&p, 5);
+        pic.deassert_irq(&p, 5);
+        assert_eq!(pic.pending_intr(), Some(0x35), "one of two sources still asserts it");
+        pic.deassert_irq(&p, 5);
+        assert_eq!(pic.pending_intr(), None, "a level that falls is no request any more");
+        pic.deassert_irq(&p, 4);
+        pic.deassert_irq(&p, 4);
+        pic.assert_irq(&p, 4);
+        assert_eq!(accept(&p, &pic), Some(0x34));
+    }
+
+    #[test]
+    fn edge_level_control() {
+        let p = TestPlatform::new(1);
+        let pic = pic(&p, 1);
+        pic.write(&p, ELCR, 2, 0xffff).unwrap();
+        assert_eq!(pic.read(&p, ELCR, 2), Ok(0xdef8));
+        for irq in 0..20 {
+            let can = irq < 16 && ![0, 1, 2, 8, 13].contains(&irq);
+            assert_eq!(pic.set_irq_trigger(&p, irq, true).is_ok(), can, "{irq}");
+            assert_eq!(pic.set_irq_trigger(&p, irq, false), Ok(()));
+        }
+        assert_eq!(pic.read(&p, ELCR, 2), Ok(0));
+        pic.assert_irq(&p, 5);
+        assert_eq!(accept(&p, &pic), Some(0x35));
+        out(&p, &pic, MASTER, EOI);
+        assert_eq!(pic.pending_intr(), None);
+        pic.set_irq_trigger(&p, 5, true).unwrap();
+        assert_eq!(pic.pending_intr(), Some(0x35), "the line is high");
+    }
+
+    /// Datasheet, "Automatic Rotation" and "Specific Rotation": OCW2, then who wins of 0 to 7.
+    #[test]
+    fn rotation() {
+        // In service before, OCW2, in service after, lowest priority after.
+        let table = [
+            (0x10, 0xa0, 0x00, 4),
+            (0x14, 0xa0, 0x10, 2),
+            (0x14, 0xe4, 0x04, 4),
+            (0x14, 0xc3, 0x14, 3),
+            (0x14, 0x64, 0x04, 7),
+            (0x14, 0x20, 0x10, 7),
+            (0x14, 0x40, 0x14, 7),
+            (0x00, 0xa0, 0x00, 7),
+        ];
+        for (before, ocw2, after, lowest) in table {
+            let mut chip = ChipState { isr: before, ready: true, ..ChipState::power_on() };
+            chip.write_command(ocw2);
+            assert_eq!((chip.isr, chip.lowest), (after, lowest), "{ocw2:#x}");
+            chip.isr = 0;
+            chip.irr = 0xff;
+            assert_eq!(chip.requested(true), Some((lowest + 1) & 7));
+        }
+    }
+
+    #[test]
+    fn automatic_eoi_with_rotation() {
+        let p = TestPlatform::new(1);
+        let pic = pic(&p, 3);
+        out(&p, &pic, MASTER, 0x80);
+        for irq in [3, 4, 5] {
+            pic.pulse_irq(&p, irq);
+        }
+        assert_eq!(accept(&p, &pic), Some(0x33));
+        pic.pulse_irq(&p, 3);
+        assert_eq!(accept(&p, &pic), Some(0x34));
+        assert_eq!(accept(&p, &pic), Some(0x35));
+        assert_eq!(accept(&p, &pic), Some(0x33));
+        out(&p, &pic, MASTER, 0x00);
+        pic.pulse_irq(&p, 4);
+        assert_eq!(accept(&p, &pic), Some(0x34));
+        assert_eq!(pic.save().chips[0].lowest, 3, "rotation is off");
+        out(&p, &pic, MASTER, 0x0b);
+        assert_eq!(inb(&p, &pic, MASTER), 0);
+    }
+
+    #[test]
+    fn special_mask_mode() {
+        let p = TestPlatform::new(1);
+        let pic = pic(&p, 1);
+        pic.pulse_irq(&p, 3);
+        assert_eq!(accept(&p, &pic), Some(0x33));
+        pic.pulse_irq(&p, 6);
+        assert_eq!(pic.pending_intr(), None);
+        out(&p, &pic, MASTER + 1, 0x08);
+        out(&p, &pic, MASTER, 0x68);
+        assert_eq!(accept(&p, &pic), Some(0x36), "a masked level does not inhibit others");
+        out(&p, &pic, MASTER, 0x0b);
+        out(&p, &pic, MASTER, EOI);
+        assert_eq!(inb(&p, &pic, MASTER), 0x08, "the EOI means the one that is not masked");
+        out(&p, &pic, MASTER, 0x48);
+        pic.pulse_irq(&p, 6);
+        assert_eq!(pic.pending_intr(), None);
+    }
+
+    #[test]
+    fn special_fully_nested_mode() {
+        for (icw4, nested) in [(0x01, None), (0x11, Some(0x39))] {
+            let p = TestPlatform::new(1);
+            let pic = pic(&p, icw4);
+            pic.pulse_irq(&p, 12);
+            assert_eq!(accept(&p, &pic), Some(0x3c));
+            pic.pulse_irq(&p, 9);
+            assert_eq!(pic.pending_intr(), nested, "{icw4:#x}");
+        }
+    }
+
+    #[test]
+    fn poll_command() {
+        let p = TestPlatform::new(1);
+        let pic = pic(&p, 1);
+        out(&p, &pic, MASTER, 0x0c);
+        assert_eq!(inb(&p, &pic, MASTER), 0);
+        pic.pulse_irq(&p, 4);
+        pic.pulse_irq(&p, 10);
+        out(&p, &pic, MASTER, 0x0c);
+        out(&p, &pic, SLAVE, 0x0c);
+        assert_eq!(inb(&p, &pic, MASTER + 1), 0x82, "either port answers a poll");
+        assert_eq!(inb(&p, &pic, SLAVE), 0x82);
+        assert_eq!(pic.pending_intr(), None);
+        assert_eq!(inb(&p, &pic, MASTER), 0x10, "a poll is answered once");
+        out(&p, &pic, MASTER, 0x0b);
+        assert_eq!(inb(&p, &pic, MASTER), 0x04);
+    }
+
+    #[test]
+    fn output_follows_requests() {
+        let p = TestPlatform::new(1);
+        let pic = pic(&p, 1);
+        pic.pulse_irq(&p, 4);
+        pic.pulse_irq(&p, 3);
+        assert_eq!(p.take(), [Event::PicIntr(true)]);
+        pic.intr_accepted(&p, 0x33);
+        assert_eq!(p.take(), [Event::PicIntr(false)]);
+        out(&p, &pic, MASTER, EOI);
+        assert_eq!(p.take(), [Event::PicIntr(true)]);
+        pic.pulse_irq(&p, 1);
+        pic.intr_accepted(&p, 0x31);
+        assert_eq!(p.take(), [Event::PicIntr(false)]);
+        pic.pulse_irq(&p, 0);
+        pic.reset(&p);
+        assert_eq!(p.take(), [Event::PicIntr(true), Event::PicIntr(false)]);
+    }
+
+    #[test]
+    fn each_acknowledge_makes_a_new_edge() {
+        let p = TestPlatform::new(1);
+        let pic = pic(&p, 3);
+        pic.pulse_irq(&p, 3);
+        pic.pulse_irq(&p, 4);
+        p.take();
+        pic.intr_accepted(&p, 0x33);
+        assert_eq!(p.take(), [Event::PicIntr(false), Event::PicIntr(true)]);
+    }
+
+    #[test]
+    fn withdrawn_request_counts_as_taken() {
+        let p = TestPlatform::new(1);
+        let pic = pic(&p, 1);
+        pic.set_irq_trigger(&p, 11, true).unwrap();
+        pic.assert_irq(&p, 11);
+        let vector = pic.pending_intr().unwrap();
+        pic.deassert_irq(&p, 11);
+        pic.intr_accepted(&p, vector);
+        let state = pic.save();
+        assert_eq!((state.chips[0].isr, state.chips[1].isr), (0x04, 0x08));
+    }
+
+    #[test]
+    fn lines_without_a_source() {
+        let p = TestPlatform::new(1);
+        let pic = pic(&p, 1);
+        let before = pic.save();
+        for irq in [2, 16, 0xff] {
+            pic.assert_irq(&p, irq);
+            pic.deassert_irq(&p, irq);
+        }
+        assert_eq!(pic.save(), before);
+    }
+
+    #[test]
+    fn wide_accesses_are_bytes() {
+        let p = TestPlatform::new(1);
+        let pic = pic(&p, 1);
+        pic.write(&p, MASTER, 2, 0x5a0b).unwrap();
+        assert_eq!(pic.read(&p, MASTER, 4), Ok(0xffff_5a00));
+        assert_eq!(pic.read(&p, 0x22, 1), Err(NotDecoded));
+        assert_eq!(pic.read(&p, 0x1f, 2), Ok(0x00ff));
+        assert_eq!(pic.write(&p, 0x4d2, 4, 0), Err(NotDecoded));
+    }
+
+    proptest! {
+        #[test]
+        fn any_sequence_leaves_a_state_that_can_be_restored(
+            ops in prop::collection::vec((0u8..8, 0usize..8, any::<u32>(), 0u8..17), 1..200),
+        ) {
+            const PORTS: [u16; 8] = [0x20, 0x21, 0xa0, 0xa1, 0x4d0, 0x4d1, 0x1f, 0xffff];
+            let p = TestPlatform::new(1);
+            let pic = pic(&p, 1);
+            for (op, port, value, irq) in ops {
+                match op {
+                    0..=2 => drop(pic.write(&p, PORTS[port], 1 + port % 2, value)),
+                    3 => drop(pic.read(&p, PORTS[port], port)),
+                    4 => pic.assert_irq(&p, irq),
+                    5 => pic.deassert_irq(&p, irq),
+                    6 => pic.intr_accepted(&p, value as u8),
+                    _ => drop(accept(&p, &pic)),
+                }
+                let state = pic.save();
+                prop_assert_eq!(pic.pending_intr(), state.vector());
+                prop_assert_eq!(pic.pending_intr().is_some(), state.intr);
+            }
+            let copy = Vatpic::new();
+            copy.restore(&p, pic.save()).unwrap();
+            prop_assert_eq!(copy.save(), pic.save());
+            prop_assert_eq!(copy.pending_intr(), pic.pending_intr());
+        }
+
+        #[test]
+        fn hostile_states_are_tamed(bytes in prop::collection::vec(any::<u8>(), 32)) {
+            let p = TestPlatform::new(1);
+            let chip = |b: &[u8]| ChipState {
+                icw: b[0],
+                ready: b[1] & 1 != 0,
+                single: b[1] & 2 != 0,
+                wants_icw4: b[1] & 4 != 0,
+                aeoi: b[1] & 8 != 0,
+                sfnm: b[1] & 16 != 0,
+                base: b[2],
+                irr: b[3],
+                isr: b[4],
+                imr: b[5],
+                lines: b[6],
+                elcr: b[7],
+                lowest: b[8],
+                rotate_on_aeoi: b[9] & 1 != 0,
+                special_mask: b[9] & 2 != 0,
+                poll: b[9] & 4 != 0,
+                read_isr: b[9] & 8 != 0,
+            };
+            let state = State {
+                version: State::VERSION,
+                chips: [chip(&bytes), chip(&bytes[10..])],
+                asserted: std::array::from_fn(|n| u32::from(bytes[n + 16]) << 24),
+                intr: bytes[31] & 1 != 0,
+            };
+            let pic = Vatpic::new();
+            pic.restore(&p, state).unwrap();
+            let tamed = pic.save();
+            pic.restore(&p, tamed.clone()).unwrap();
+            prop_assert_eq!(pic.save(), tamed);
+            for irq in 0..16 {
+                pic.pulse_irq(&p, irq);
+                accept(&p, &pic);
+                pic.deassert_irq(&p, irq);
+            }
+        }
+    }
 }

@@ -251,3 +251,246 @@ impl Vioapic {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::testplat::{Event, TestPlatform};
+    use super::*;
+
+    fn set(p: &TestPlatform, ioapic: &Vioapic, index: u8, value: u32) {
+        ioapic.mmio_write(p, IOREGSEL, 4, index.into());
+        ioapic.mmio_write(p, IOWIN, 4, value.into());
+    }
+
+    fn get(p: &TestPlatform, ioapic: &Vioapic, index: u8) -> u32 {
+        ioapic.mmio_write(p, IOREGSEL, 4, index.into());
+        ioapic.mmio_read(p, IOWIN, 4) as u32
+    }
+
+    /// Program a pin for APIC 3.
+    fn route(p: &TestPlatform, ioapic: &Vioapic, pin: u8, low: u64) {
+        set(p, ioapic, 0x11 + 2 * pin, 3 << 24);
+        set(p, ioapic, 0x10 + 2 * pin, low as u32);
+    }
+
+    fn fixed(vector: u8, level: bool) -> Event {
+        let mode = DeliveryMode::Fixed;
+        Event::Message { dest: 3, x2: false, logical: false, mode, vector, level }
+    }
+
+    #[test]
+    fn registers() {
+        let p = TestPlatform::new(1);
+        let ioapic = Vioapic::new();
+        // Index, value after reset, after writing all ones.
+        let table = [
+            (0x00, 0, 0x0f00_0000),
+            (0x01, 0x001f_0011, 0x001f_0011),
+            (0x02, 0x0f00_0000, 0x0f00_0000),
+            (0x03, 0, 0),
+            (0x0f, 0, 0),
+            (0x10, 0x1_0000, 0x1_afff),
+            (0x11, 0, 0xfffe_0000),
+            (0x4e, 0x1_0000, 0x1_afff),
+            (0x4f, 0, 0xfffe_0000),
+            (0x50, 0, 0),
+            (0xff, 0, 0),
+        ];
+        for (index, reset, written) in table {
+            assert_eq!(get(&p, &ioapic, index), reset, "{index:#x}");
+            set(&p, &ioapic, index, 0xffff_ffff);
+            assert_eq!(get(&p, &ioapic, index), written, "{index:#x}");
+            assert_eq!(ioapic.mmio_read(&p, IOREGSEL, 4), u64::from(index));
+        }
+        assert_eq!(ioapic.pincount(), 32);
+    }
+
+    #[test]
+    fn narrow_accesses() {
+        let p = TestPlatform::new(1);
+        let ioapic = Vioapic::new();
+        ioapic.mmio_write(&p, 0, 1, 0xff01);
+        assert_eq!(ioapic.mmio_read(&p, 0x12, 1), 0x1f);
+        assert_eq!(ioapic.mmio_read(&p, 0x12, 2), 0x1f);
+        assert_eq!(ioapic.mmio_read(&p, 0x10, 8), 0x1f_0011);
+        ioapic.mmio_write(&p, 0, 1, 0x10);
+        ioapic.mmio_write(&p, 0x10, 1, 0x42);
+        ioapic.mmio_write(&p, 0x11, 1, 0x81);
+        ioapic.mmio_write(&p, 0x10, 2, 0xa943);
+        assert_eq!(ioapic.mmio_read(&p, 0x10, 4), 0x1_a943);
+        for offset in [0x04, 0x14, 0x20, 0x40, 0xffc] {
+            ioapic.mmio_write(&p, offset, 4, 0xffff_ffff);
+            assert_eq!(ioapic.mmio_read(&p, offset, 4), 0, "{offset:#x}");
+        }
+        ioapic.mmio_write(&p, 1, 1, 0xff);
+        assert_eq!(ioapic.mmio_read(&p, 0, 4), 0x10, "IOREGSEL is 8 bits wide");
+    }
+
+    #[test]
+    fn edges() {
+        let p = TestPlatform::new(1);
+        let ioapic = Vioapic::new();
+        ioapic.pulse_irq(&p, 4);
+        route(&p, &ioapic, 4, 0x44);
+        assert_eq!(p.take(), [], "an edge at a masked pin is lost");
+        ioapic.assert_irq(&p, 4);
+        ioapic.assert_irq(&p, 4);
+        assert_eq!(p.take(), [fixed(0x44, false)], "a second source makes no edge");
+        ioapic.deassert_irq(&p, 4);
+        ioapic.pulse_irq(&p, 4);
+        assert_eq!(p.take(), [], "one source holds the pin");
+        ioapic.deassert_irq(&p, 4);
+        ioapic.deassert_irq(&p, 4);
+        ioapic.pulse_irq(&p, 4);
+        ioapic.set_irq(&p, 4, true);
+        assert_eq!(p.take(), [fixed(0x44, false); 2]);
+        route(&p, &ioapic, 4, RTE_MASKED | 0x44);
+        route(&p, &ioapic, 4, 0x44);
+        assert_eq!(p.take(), [], "unmasking is no edge");
+    }
+
+    #[test]
+    fn levels() {
+        let p = TestPlatform::new(1);
+        let ioapic = Vioapic::new();
+        route(&p, &ioapic, 9, RTE_MASKED | RTE_LEVEL | 0x59);
+        ioapic.assert_irq(&p, 9);
+        assert_eq!(p.take(), []);
+        route(&p, &ioapic, 9, RTE_LEVEL | 0x59);
+        assert_eq!(p.take(), [fixed(0x59, true)], "a level shows when it is unmasked");
+        assert_eq!(get(&p, &ioapic, 0x10 + 18), (RTE_LEVEL | RTE_REMOTE_IRR | 0x59) as u32);
+        ioapic.deassert_irq(&p, 9);
+        ioapic.assert_irq(&p, 9);
+        assert_eq!(p.take(), [], "it waits for its EOI");
+        ioapic.process_eoi(&p, 0x58);
+        assert_eq!(p.take(), [], "somebody else's");
+        ioapic.process_eoi(&p, 0x59);
+        assert_eq!(p.take(), [fixed(0x59, true)], "still asserted");
+        ioapic.deassert_irq(&p, 9);
+        ioapic.process_eoi(&p, 0x59);
+        assert_eq!(p.take(), []);
+        assert_eq!(get(&p, &ioapic, 0x10 + 18), (RTE_LEVEL | 0x59) as u32);
+        ioapic.pulse_irq(&p, 9);
+        assert_eq!(p.take(), [fixed(0x59, true)]);
+    }
+
+    #[test]
+    fn level_held_back_by_the_mask_comes_after_eoi() {
+        let p = TestPlatform::new(1);
+        let ioapic = Vioapic::new();
+        route(&p, &ioapic, 9, RTE_LEVEL | 0x59);
+        ioapic.assert_irq(&p, 9);
+        route(&p, &ioapic, 9, RTE_MASKED | RTE_LEVEL | 0x59);
+        p.take();
+        ioapic.process_eoi(&p, 0x59);
+        assert_eq!(p.take(), []);
+        route(&p, &ioapic, 9, RTE_LEVEL | 0x59);
+        assert_eq!(p.take(), [fixed(0x59, true)]);
+    }
+
+    #[test]
+    fn switching_to_edge_clears_remote_irr() {
+        let p = TestPlatform::new(1);
+        let ioapic = Vioapic::new();
+        route(&p, &ioapic, 9, RTE_LEVEL | 0x59);
+        ioapic.assert_irq(&p, 9);
+        p.take();
+        set(&p, &ioapic, 0x10 + 18, (RTE_MASKED | 0x59) as u32);
+        set(&p, &ioapic, 0x10 + 18, (RTE_LEVEL | 0x59) as u32);
+        assert_eq!(p.take(), [fixed(0x59, true)]);
+    }
+
+    #[test]
+    fn message_fields() {
+        let p = TestPlatform::new(1);
+        let ioapic = Vioapic::new();
+        // Upper and lower half of the entry; destination, 32 bits?, logical?, mode, level?
+        let table = [
+            (0x0300_0000, 0x0041, Some((3, false, false, DeliveryMode::Fixed, false))),
+            (0xff00_0000, 0x0841, Some((0xff, false, true, DeliveryMode::Fixed, false))),
+            (0x0300_0000, 0x8141, Some((3, false, false, DeliveryMode::LowestPriority, true))),
+            (0x0300_0000, 0x0241, Some((3, false, false, DeliveryMode::Smi, false))),
+            (0x0300_0000, 0x8441, Some((3, false, false, DeliveryMode::Nmi, false))),
+            (0x0300_0000, 0x8541, Some((3, false, false, DeliveryMode::Init, false))),
+            (0x0300_0000, 0x8741, Some((3, false, false, DeliveryMode::ExtInt, false))),
+            (0x0300_0000, 0x0341, None),
+            (0x0300_0000, 0x0641, None),
+            (0x0304_0000, 0x0041, Some((0x203, true, false, DeliveryMode::Fixed, false))),
+        ];
+        for (high, low, expected) in table {
+            set(&p, &ioapic, 0x11, high);
+            set(&p, &ioapic, 0x10, low);
+            ioapic.pulse_irq(&p, 0);
+            let events = expected.map(|(dest, x2, logical, mode, level)| Event::Message {
+                dest,
+                x2,
+                logical,
+                mode,
+                vector: 0x41,
+                level,
+            });
+            assert_eq!(p.take(), Vec::from_iter(events), "{high:#x} {low:#x}");
+            ioapic.process_eoi(&p, 0x41);
+        }
+    }
+
+    #[test]
+    fn pins_that_do_not_exist() {
+        let p = TestPlatform::new(1);
+        let ioapic = Vioapic::new();
+        let before = ioapic.save();
+        for pin in [32, 0xff] {
+            ioapic.assert_irq(&p, pin);
+            ioapic.pulse_irq(&p, pin);
+            ioapic.deassert_irq(&p, pin);
+        }
+        assert_eq!(ioapic.save(), before);
+        ioapic.deassert_irq(&p, 1);
+        assert_eq!(ioapic.save(), before, "nobody asserts it");
+    }
+
+    #[test]
+    fn reset_forgets_everything() {
+        let p = TestPlatform::new(1);
+        let ioapic = Vioapic::new();
+        route(&p, &ioapic, 9, RTE_LEVEL | 0x59);
+        ioapic.assert_irq(&p, 9);
+        ioapic.reset(&p);
+        assert_eq!(ioapic.save(), Vioapic::new().save());
+    }
+
+    proptest! {
+        #[test]
+        fn any_sequence_leaves_a_state_that_can_be_restored(
+            ops in prop::collection::vec((0u8..7, any::<u64>(), 0usize..17, 0u8..40), 1..200),
+        ) {
+            let p = TestPlatform::new(1);
+            let ioapic = Vioapic::new();
+            for (op, value, size, pin) in ops {
+                match op {
+                    0 => ioapic.mmio_write(&p, IOREGSEL, 4, u64::from(pin) + 8),
+                    1 => ioapic.mmio_write(&p, IOWIN, 4, value),
+                    2 => ioapic.mmio_write(&p, value >> 40, size, value),
+                    3 => drop(ioapic.mmio_read(&p, value, size)),
+                    4 => ioapic.assert_irq(&p, pin),
+                    5 => ioapic.deassert_irq(&p, pin),
+                    _ => ioapic.process_eoi(&p, value as u8),
+                }
+                let state = ioapic.save();
+                for pin in 0..PINS {
+                    // No level is forgotten: an asserted one is masked, or waits for its EOI, or
+                    // has a mode that is never a level.
+                    let (rte, asserted) = (state.rte[pin], state.asserted[pin] != 0);
+                    let waits = rte & (RTE_MASKED | RTE_REMOTE_IRR) != 0;
+                    let level = rte & RTE_LEVEL != 0 && rte & 0x600 == 0;
+                    prop_assert!(!(asserted && level) || waits, "pin {} {:#x}", pin, rte);
+                }
+            }
+            let copy = Vioapic::new();
+            copy.restore(&p, ioapic.save()).unwrap();
+            prop_assert_eq!(copy.save(), ioapic.save());
+        }
+    }
+}

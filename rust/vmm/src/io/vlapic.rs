@@ -457,9 +457,10 @@ impl State {
         }
         let expiries = self.timer_expiries(p.now());
         if expiries > self.timer_expired {
-            self.timer_expired = expiries;
             if self.timer_mode() == LVT_TIMER_ONE_SHOT {
                 self.timer_count = 0;
+            } else {
+                self.timer_expired = expiries;
             }
             self.trigger(LVT_TIMER, fx);
         }
@@ -1058,5 +1059,906 @@ fn msr_offset(msr: u32) -> Result<u32, NotDecoded> {
     match msr {
         0x800..=0x8ff => Ok((msr - 0x800) << 4),
         _ => Err(NotDecoded),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::testplat::{Event, TestPlatform};
+    use super::*;
+
+    fn lapic(p: &TestPlatform) -> Vlapic {
+        let lapic = Vlapic::new(0);
+        lapic.reset(p);
+        lapic.mmio_write(p, SVR.into(), 4, 0x1ff);
+        p.take();
+        lapic
+    }
+
+    fn read(p: &TestPlatform, lapic: &Vlapic, offset: u32) -> u32 {
+        lapic.mmio_read(p, offset.into(), 4) as u32
+    }
+
+    fn write(p: &TestPlatform, lapic: &Vlapic, offset: u32, value: u32) {
+        lapic.mmio_write(p, offset.into(), 4, value.into());
+    }
+
+    fn x2apic(p: &TestPlatform, id: u32) -> Vlapic {
+        let lapic = Vlapic::new(id);
+        lapic.set_x2apic_state(p, true);
+        lapic.msr_write(p, 0x80f, 0x1ff).unwrap();
+        p.take();
+        lapic
+    }
+
+    #[test]
+    fn registers_after_power_on() {
+        let p = TestPlatform::new(4);
+        let lapic = Vlapic::new(3);
+        lapic.reset(&p);
+        let table = [
+            (ID, 3 << 24),
+            (VERSION, 0x0006_0010),
+            (TPR, 0),
+            (PPR, 0),
+            (LDR, 0),
+            (DFR, 0xffff_ffff),
+            (SVR, 0xff),
+            (ESR, 0),
+            (ICR_LOW, 0),
+            (ICR_HIGH, 0),
+            (CMCI, LVT_MASKED),
+            (TIMER, LVT_MASKED),
+            (THERMAL, LVT_MASKED),
+            (PMC, LVT_MASKED),
+            (LINT0, LVT_MASKED),
+            (LINT1, LVT_MASKED),
+            (ERROR, LVT_MASKED),
+            (TIMER_INITIAL, 0),
+            (TIMER_CURRENT, 0),
+            (TIMER_DIVIDE, 0),
+        ];
+        for (offset, value) in table {
+            assert_eq!(read(&p, &lapic, offset), value, "{offset:#x}");
+        }
+        for offset in (ISR0..=IRR7).step_by(16) {
+            assert_eq!(read(&p, &lapic, offset), 0, "{offset:#x}");
+        }
+        assert_eq!(lapic.apicbase(), 0xfee0_0800);
+        assert_eq!(Vlapic::new(0).apicbase(), 0xfee0_0900);
+    }
+
+    #[test]
+    fn writable_bits() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        let table = [
+            (ID, 0),
+            (VERSION, 0x0006_0010),
+            (TPR, 0xff),
+            (LDR, 0xff00_0000),
+            (DFR, 0xffff_ffff),
+            (SVR, 0x1ff),
+            (ICR_HIGH, 0xff00_0000),
+            (CMCI, 0x107ff),
+            (TIMER, 0x700ff),
+            (THERMAL, 0x107ff),
+            (PMC, 0x107ff),
+            (LINT0, 0x1a7ff),
+            (LINT1, 0x1a7ff),
+            (ERROR, 0x100ff),
+            (TIMER_DIVIDE, 0xb),
+            (TIMER_INITIAL, 0xffff_ffff),
+        ];
+        // The timer's mode comes last: the reserved one has no countdown.
+        for (offset, value) in table {
+            write(&p, &lapic, offset, 0xffff_ffff);
+            assert_eq!(read(&p, &lapic, offset), value, "{offset:#x}");
+        }
+        write(&p, &lapic, DFR, 0);
+        assert_eq!(read(&p, &lapic, DFR), 0x0fff_ffff);
+    }
+
+    #[test]
+    fn narrow_and_wide_accesses() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        write(&p, &lapic, TIMER_INITIAL, 0x1234_5678);
+        for (offset, size, value) in [
+            (0x380, 1, 0x78),
+            (0x381, 1, 0x56),
+            (0x382, 2, 0x1234),
+            (0x380, 8, 0x1234_5678),
+            (0x384, 4, 0),
+            (0x38c, 8, 0),
+        ] {
+            assert_eq!(lapic.mmio_read(&p, offset, size), value, "{offset:#x} {size}");
+        }
+        lapic.mmio_write(&p, TPR.into(), 1, 0xab50);
+        assert_eq!(read(&p, &lapic, TPR), 0x50);
+        lapic.mmio_write(&p, 0x381, 1, 0xff);
+        lapic.mmio_write(&p, 0x384, 4, 0xff);
+        assert_eq!(read(&p, &lapic, TIMER_INITIAL), 0x1234_5678);
+    }
+
+    #[test]
+    fn reserved_registers_are_errors() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        write(&p, &lapic, ERROR, 0xfe);
+        assert_eq!(read(&p, &lapic, 0x40), 0);
+        assert_eq!(lapic.pending_intr(), Some(0xfe));
+        assert_eq!(read(&p, &lapic, ESR), 0, "not before a write latches it");
+        write(&p, &lapic, ESR, 0);
+        assert_eq!(read(&p, &lapic, ESR), ESR_ILLEGAL_REGISTER);
+        write(&p, &lapic, ESR, 0);
+        assert_eq!(read(&p, &lapic, ESR), 0);
+        write(&p, &lapic, 0x3f0, 0);
+        write(&p, &lapic, ESR, 0);
+        assert_eq!(read(&p, &lapic, ESR), ESR_ILLEGAL_REGISTER, "self IPI is x2APIC's");
+    }
+
+    #[test]
+    fn error_interrupt_comes_once_until_esr_is_written() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        write(&p, &lapic, ERROR, 0x50);
+        lapic.deliver(&p, DeliveryMode::Fixed, 3, false);
+        lapic.deliver(&p, DeliveryMode::Fixed, 3, false);
+        assert_eq!(lapic.stats().error_intr, 1);
+        write(&p, &lapic, ESR, 0);
+        assert_eq!(read(&p, &lapic, ESR), ESR_RECEIVE_ILLEGAL_VECTOR);
+        write(&p, &lapic, ICR_LOW, 15);
+        assert_eq!(lapic.stats().error_intr, 2);
+        write(&p, &lapic, ESR, 0);
+        assert_eq!(read(&p, &lapic, ESR), ESR_SEND_ILLEGAL_VECTOR);
+        // An error entry that is itself illegal must not recurse.
+        write(&p, &lapic, ERROR, 2);
+        lapic.deliver(&p, DeliveryMode::Fixed, 3, false);
+        write(&p, &lapic, ESR, 0);
+        assert_eq!(read(&p, &lapic, ESR), ESR_RECEIVE_ILLEGAL_VECTOR);
+    }
+
+    /// SDM 11.8.3.1: what is delivered, by TPR, vectors in service and vectors requested.
+    #[test]
+    fn priorities() {
+        let table: &[(u8, &[u8], &[u8], u8, Option<u8>)] = &[
+            (0x00, &[], &[], 0x00, None),
+            (0x00, &[], &[0x31], 0x00, Some(0x31)),
+            (0x00, &[], &[0x31, 0xef, 0x40], 0x00, Some(0xef)),
+            (0x30, &[], &[0x3f], 0x30, None),
+            (0x3f, &[], &[0x40], 0x3f, Some(0x40)),
+            (0xff, &[], &[0xff], 0xff, None),
+            (0x00, &[0x51], &[0x5f], 0x50, None),
+            (0x00, &[0x51], &[0x60], 0x50, Some(0x60)),
+            (0x71, &[0x51], &[0x60], 0x71, None),
+            (0x55, &[0x51], &[0x60], 0x55, Some(0x60)),
+            (0x00, &[], &[0x10], 0x00, Some(0x10)),
+            (0x00, &[], &[0x0f], 0x00, None),
+        ];
+        for &(tpr, in_service, requested, ppr, pending) in table {
+            let p = TestPlatform::new(1);
+            let lapic = lapic(&p);
+            for &vector in in_service {
+                lapic.deliver(&p, DeliveryMode::Fixed, vector, false);
+                lapic.intr_accepted(&p, vector);
+            }
+            write(&p, &lapic, TPR, tpr.into());
+            p.take();
+            for &vector in requested {
+                lapic.deliver(&p, DeliveryMode::Fixed, vector, false);
+            }
+            let case = format!("{tpr:#x} {in_service:x?} {requested:x?}");
+            assert_eq!(read(&p, &lapic, PPR), u32::from(ppr), "{case}");
+            assert_eq!(lapic.pending_intr(), pending, "{case}");
+            assert_eq!(p.take().contains(&Event::Notify(0)), pending.is_some(), "{case}");
+        }
+    }
+
+    #[test]
+    fn cr8_is_the_class_of_the_task_priority() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        write(&p, &lapic, TPR, 0x5a);
+        assert_eq!(lapic.cr8(), 5);
+        lapic.set_cr8(&p, 9);
+        assert_eq!(read(&p, &lapic, TPR), 0x90);
+        lapic.deliver(&p, DeliveryMode::Fixed, 0x95, false);
+        assert_eq!(lapic.pending_intr(), None);
+        p.take();
+        lapic.set_cr8(&p, 8);
+        assert_eq!(lapic.pending_intr(), Some(0x95));
+        assert_eq!(p.take(), [Event::Notify(0)]);
+    }
+
+    #[test]
+    fn eoi_tells_the_ioapic_about_levels() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        for (vector, level) in [(0x41, false), (0x52, true)] {
+            lapic.deliver(&p, DeliveryMode::Fixed, vector, level);
+            lapic.intr_accepted(&p, vector);
+        }
+        assert_eq!(read(&p, &lapic, ISR0 + 0x20), 1 << 18 | 1 << 1);
+        assert_eq!(read(&p, &lapic, TMR0 + 0x20), 1 << 18);
+        write(&p, &lapic, EOI, 0);
+        assert_eq!(p.take_deliveries(), [Event::Eoi(0x52)]);
+        assert_eq!(read(&p, &lapic, ISR0 + 0x20), 1 << 1);
+        write(&p, &lapic, EOI, 0);
+        write(&p, &lapic, EOI, 0);
+        assert_eq!(p.take_deliveries(), []);
+        assert_eq!(lapic.stats().spurious_eoi, 1);
+    }
+
+    #[test]
+    fn software_disable() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        write(&p, &lapic, TIMER, 0x40);
+        lapic.deliver(&p, DeliveryMode::Fixed, 0x50, false);
+        write(&p, &lapic, SVR, 0xff);
+        assert_eq!(read(&p, &lapic, TIMER), LVT_MASKED | 0x40);
+        write(&p, &lapic, TIMER, 0x40);
+        assert_eq!(read(&p, &lapic, TIMER), LVT_MASKED | 0x40, "masks cannot be cleared");
+        lapic.deliver(&p, DeliveryMode::Fixed, 0x60, false);
+        assert_eq!(lapic.pending_intr(), Some(0x50), "what was requested before is held");
+        lapic.deliver(&p, DeliveryMode::Nmi, 0, false);
+        lapic.deliver(&p, DeliveryMode::Init, 0, false);
+        lapic.deliver(&p, DeliveryMode::StartUp, 0x9a, false);
+        lapic.deliver(&p, DeliveryMode::Smi, 0, false);
+        assert_eq!(p.take_deliveries(), [Event::Nmi(0), Event::Init(0), Event::Sipi(0, 0x9a)]);
+    }
+
+    /// SDM 11.6.1 and tables 11-3, 11-4.
+    #[test]
+    fn interprocessor_interrupts() {
+        use DeliveryMode::{Fixed, Init, LowestPriority, Nmi, StartUp};
+        let to = |dest, x2, logical, mode, vector| Event::Message {
+            dest,
+            x2,
+            logical,
+            mode,
+            vector,
+            level: false,
+        };
+        let one = |id, mode, vector| to(id, true, false, mode, vector);
+        let all = |mode, vector| to(u32::MAX, true, false, mode, vector);
+        let table: &[(u32, u32, Vec<Event>)] = &[
+            (2, 0x0000_0040, vec![to(2, false, false, Fixed, 0x40)]),
+            (0xf, 0x0000_0840, vec![to(0xf, false, true, Fixed, 0x40)]),
+            (0xff, 0x0000_0940, vec![to(0xff, false, true, LowestPriority, 0x40)]),
+            (1, 0x0000_4400, vec![to(1, false, false, Nmi, 0)]),
+            (1, 0x0000_c500, vec![to(1, false, false, Init, 0)]),
+            (1, 0x0000_4500, vec![to(1, false, false, Init, 0)]),
+            (1, 0x0000_8500, vec![]),
+            (1, 0x0000_4699, vec![to(1, false, false, StartUp, 0x99)]),
+            // Trigger mode and level mean nothing for others than INIT.
+            (1, 0x0000_8040, vec![to(1, false, false, Fixed, 0x40)]),
+            (1, 0x0000_0200, vec![]),
+            (1, 0x0000_0300, vec![]),
+            (1, 0x0000_0700, vec![]),
+            (1, 0x0000_000f, vec![]),
+            (0, 0x0008_0041, vec![all(Fixed, 0x41)]),
+            (0, 0x0008_0500, vec![]),
+            (0, 0x0008_0600, vec![]),
+            (0, 0x000c_0041, vec![one(0, Fixed, 0x41), one(2, Fixed, 0x41)]),
+            (0, 0x000c_0400, vec![one(0, Nmi, 0), one(2, Nmi, 0)]),
+            (0, 0x000c_4500, vec![one(0, Init, 0), one(2, Init, 0)]),
+            (0, 0x000c_4610, vec![one(0, StartUp, 0x10), one(2, StartUp, 0x10)]),
+            (0, 0x000c_0141, vec![one(2, LowestPriority, 0x41)]),
+            (0, 0x0004_0500, vec![]),
+        ];
+        for (dest, low, events) in table {
+            let p = TestPlatform::new(3);
+            let lapic = Vlapic::new(1);
+            write(&p, &lapic, SVR, 0x1ff);
+            write(&p, &lapic, ICR_HIGH, dest << 24);
+            write(&p, &lapic, ICR_LOW, *low);
+            assert_eq!(&p.take_deliveries(), events, "{low:#x}");
+            assert_eq!(read(&p, &lapic, ICR_LOW), *low, "idle at once");
+        }
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        write(&p, &lapic, ICR_LOW, 0x4_0077);
+        assert_eq!(lapic.pending_intr(), Some(0x77));
+        write(&p, &lapic, ICR_LOW, 0xc_0177);
+        assert_eq!(p.take_deliveries(), [], "nobody else is there");
+    }
+
+    #[test]
+    fn destinations() {
+        let p = TestPlatform::new(32);
+        let flat = |ldr: u32| {
+            let lapic = Vlapic::new(5);
+            write(&p, &lapic, LDR, ldr << 24);
+            lapic
+        };
+        let cluster = |ldr: u32| {
+            let lapic = flat(ldr);
+            write(&p, &lapic, DFR, 0x0fff_ffff);
+            lapic
+        };
+        let (x2_low, x2_high) = (x2apic(&p, 5), x2apic(&p, 0x123));
+        // APIC, destination, 32 bits?, logical?, match?
+        let table: &[(&Vlapic, u32, bool, bool, bool)] = &[
+            (&flat(1), 5, false, false, true),
+            (&flat(1), 4, false, false, false),
+            (&flat(1), 0xff, false, false, true),
+            (&flat(1), 0xff, true, false, false),
+            (&flat(1), 5, true, false, true),
+            (&flat(1), u32::MAX, true, false, true),
+            (&flat(4), 4, false, true, true),
+            (&flat(4), 6, false, true, true),
+            (&flat(4), 3, false, true, false),
+            (&flat(0), 0xff, false, true, true),
+            (&flat(0), 0x7f, false, true, false),
+            (&flat(4), 0x104, true, true, false),
+            (&cluster(0x21), 0x21, false, true, true),
+            (&cluster(0x21), 0x23, false, true, true),
+            (&cluster(0x21), 0x22, false, true, false),
+            (&cluster(0x21), 0x11, false, true, false),
+            (&cluster(0x21), 0xf1, false, true, true),
+            (&x2_low, 5, false, false, true),
+            (&x2_low, 0xff, false, false, true),
+            (&x2_low, 1 << 5, false, true, true),
+            (&x2_low, 1 << 4, true, true, false),
+            (&x2_high, 0x123, true, false, true),
+            (&x2_high, 0x23, false, false, false),
+            (&x2_high, 0x12 << 16 | 1 << 3, true, true, true),
+            (&x2_high, 0x11 << 16 | 1 << 3, true, true, false),
+        ];
+        for (row, &(lapic, dest, x2, logical, expected)) in table.iter().enumerate() {
+            assert_eq!(lapic.matches(dest, x2, logical), expected, "row {row}");
+        }
+        let disabled = flat(1);
+        disabled.set_apicbase(BASE).unwrap();
+        assert!(!disabled.matches(5, false, false));
+        assert!(!disabled.matches(0xff, false, false));
+    }
+
+    #[test]
+    fn arbitration_priority() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        assert_eq!(lapic.priority(), 0);
+        lapic.set_cr8(&p, 2);
+        assert_eq!(lapic.priority(), 2);
+        lapic.deliver(&p, DeliveryMode::Fixed, 0x61, false);
+        assert_eq!(lapic.priority(), 6);
+        lapic.intr_accepted(&p, 0x61);
+        assert_eq!(lapic.priority(), 6);
+        assert_eq!(Vlapic::new(0).priority(), u8::MAX);
+    }
+
+    /// SDM table 11-6: what RDMSR and WRMSR of each x2APIC register do; `None` is a #GP.
+    #[test]
+    fn x2apic_registers() {
+        let p = TestPlatform::new(0x30);
+        // MSR, value read after reset, largest value that can be written.
+        let table: &[(u32, Option<u64>, Option<u64>)] = &[
+            (0x800, None, None),
+            (0x802, Some(0x25), None),
+            (0x803, Some(0x0006_0010), None),
+            (0x808, Some(0), Some(0xff)),
+            (0x809, None, None),
+            (0x80a, Some(0), None),
+            (0x80b, None, Some(0)),
+            (0x80c, None, None),
+            (0x80d, Some(0x2_0020), None),
+            (0x80e, None, None),
+            (0x80f, Some(0x1ff), Some(0x13ff)),
+            (0x810, Some(0), None),
+            (0x81f, Some(0), None),
+            (0x827, Some(0), None),
+            (0x828, Some(0), Some(0)),
+            (0x82f, Some(0x1_0000), Some(0x1_57ff)),
+            (0x830, Some(0), Some(0xffff_ffff_000c_dfff)),
+            (0x831, None, None),
+            (0x832, Some(0x1_0000), Some(0x7_50ff)),
+            (0x833, Some(0x1_0000), Some(0x1_57ff)),
+            (0x834, Some(0x1_0000), Some(0x1_57ff)),
+            (0x835, Some(0x1_0000), Some(0x1_f7ff)),
+            (0x836, Some(0x1_0000), Some(0x1_f7ff)),
+            (0x837, Some(0x1_0000), Some(0x1_50ff)),
+            (0x838, Some(0), Some(0xffff_ffff)),
+            (0x839, Some(0), None),
+            (0x83e, Some(0), Some(0xb)),
+            (0x83f, None, Some(0xff)),
+            (0x840, None, None),
+            (0x8ff, None, None),
+            (0x7ff, None, None),
+            (0x900, None, None),
+        ];
+        for &(msr, value, most) in table {
+            let lapic = x2apic(&p, 0x25);
+            assert_eq!(lapic.msr_read(&p, msr).ok(), value, "{msr:#x}");
+            assert_eq!(lapic.msr_write(&p, msr, 0).is_ok(), most.is_some(), "{msr:#x}");
+            if let Some(most) = most {
+                assert!(lapic.msr_write(&p, msr, most).is_ok(), "{msr:#x}");
+                for bit in 0..64 {
+                    let ok = lapic.msr_write(&p, msr, 1 << bit).is_ok();
+                    assert_eq!(ok, most >> bit & 1 != 0, "{msr:#x} bit {bit}");
+                }
+            }
+        }
+        let xapic = Vlapic::new(0);
+        assert!(xapic.msr_read(&p, 0x802).is_err());
+        assert!(xapic.msr_write(&p, 0x808, 0).is_err());
+        let lapic = x2apic(&p, 0);
+        assert_eq!(lapic.mmio_read(&p, ID.into(), 4), 0xffff_ffff, "no MMIO in x2APIC mode");
+        lapic.mmio_write(&p, TPR.into(), 4, 0x20);
+        assert_eq!(lapic.cr8(), 0);
+    }
+
+    #[test]
+    fn x2apic_interrupt_command() {
+        let p = TestPlatform::new(8);
+        let lapic = x2apic(&p, 1);
+        let icr = 0x0001_0004_0000_0866;
+        lapic.msr_write(&p, 0x830, icr).unwrap();
+        assert_eq!(lapic.msr_read(&p, 0x830), Ok(icr));
+        let event = Event::Message {
+            dest: 0x1_0004,
+            x2: true,
+            logical: true,
+            mode: DeliveryMode::Fixed,
+            vector: 0x66,
+            level: false,
+        };
+        assert_eq!(p.take_deliveries(), [event]);
+        lapic.msr_write(&p, 0x83f, 0x71).unwrap();
+        assert_eq!(lapic.pending_intr(), Some(0x71));
+    }
+
+    /// SDM figure 11-27.
+    #[test]
+    fn apic_base_transitions() {
+        const OFF: u64 = BASE | APICBASE_BSP;
+        const XAPIC: u64 = OFF | APICBASE_ENABLE;
+        const X2APIC: u64 = XAPIC | APICBASE_X2APIC;
+        const INVALID: u64 = OFF | APICBASE_X2APIC;
+        let table = [
+            (XAPIC, XAPIC, true),
+            (XAPIC, X2APIC, true),
+            (XAPIC, OFF, true),
+            (XAPIC, INVALID, false),
+            (X2APIC, X2APIC, true),
+            (X2APIC, OFF, true),
+            (X2APIC, XAPIC, false),
+            (X2APIC, INVALID, false),
+            (OFF, OFF, true),
+            (OFF, XAPIC, true),
+            (OFF, X2APIC, false),
+            (OFF, INVALID, false),
+            (XAPIC, XAPIC | 1, false),
+            (XAPIC, XAPIC | 1 << 52, false),
+            (XAPIC, XAPIC + 0x1000, false),
+        ];
+        for (from, to, legal) in table {
+            let lapic = Vlapic::new(0);
+            lapic.set_apicbase(from).unwrap();
+            assert_eq!(lapic.set_apicbase(to).is_ok(), legal, "{from:#x} {to:#x}");
+            assert_eq!(lapic.apicbase(), if legal { to } else { from });
+        }
+    }
+
+    #[test]
+    fn disabling_forgets_everything() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        write(&p, &lapic, TPR, 0x20);
+        lapic.deliver(&p, DeliveryMode::Fixed, 0x60, false);
+        let base = lapic.apicbase();
+        lapic.set_apicbase(base & !APICBASE_ENABLE).unwrap();
+        assert_eq!(lapic.pending_intr(), None);
+        assert_eq!(read(&p, &lapic, SVR), 0xffff_ffff);
+        assert!(lapic.accepts_extint());
+        lapic.set_apicbase(base).unwrap();
+        assert_eq!((read(&p, &lapic, SVR), read(&p, &lapic, TPR)), (0xff, 0));
+        lapic.set_apicbase(base | APICBASE_X2APIC).unwrap();
+        assert_eq!(lapic.msr_read(&p, 0x80d), Ok(1));
+    }
+
+    #[test]
+    fn init_keeps_the_mode() {
+        let p = TestPlatform::new(1);
+        let lapic = x2apic(&p, 7);
+        lapic.msr_write(&p, 0x808, 0x30).unwrap();
+        lapic.init_reset(&p);
+        assert_eq!(lapic.msr_read(&p, 0x808), Ok(0));
+        assert_eq!(lapic.msr_read(&p, 0x80f), Ok(0xff));
+        assert_eq!(lapic.msr_read(&p, 0x80d), Ok(0x80));
+    }
+
+    // ---- timer ---------------------------------------------------------------------------------
+
+    #[test]
+    fn timer_divisors() {
+        for (divide, divisor) in
+            [(0, 2), (1, 4), (2, 8), (3, 16), (8, 32), (9, 64), (0xa, 128), (0xb, 1)]
+        {
+            let p = TestPlatform::new(1);
+            let lapic = lapic(&p);
+            write(&p, &lapic, TIMER_DIVIDE, divide);
+            write(&p, &lapic, TIMER, 0x40);
+            write(&p, &lapic, TIMER_INITIAL, 1 << 20);
+            let ns = (divisor << 20) * 1_000_000_000 / TIMER_HZ;
+            assert_eq!(p.armed(Callout::LapicTimer(0)), Some(ns), "{divide:#x}");
+            p.advance(ns / 2);
+            assert_eq!(read(&p, &lapic, TIMER_CURRENT), 1 << 19, "{divide:#x}");
+        }
+    }
+
+    #[test]
+    fn one_shot_expires_once() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        write(&p, &lapic, TIMER_DIVIDE, 3);
+        write(&p, &lapic, TIMER, 0x40);
+        write(&p, &lapic, TIMER_INITIAL, 1000);
+        let due = p.armed(Callout::LapicTimer(0)).unwrap();
+        assert_eq!(due, 119_210, "16000 / 2^27 s, rounded up");
+        p.advance(due - 1);
+        lapic.callout(&p);
+        assert_eq!(lapic.pending_intr(), None, "an early callout is harmless");
+        assert_eq!(read(&p, &lapic, TIMER_CURRENT), 1);
+        p.advance(1);
+        lapic.callout(&p);
+        assert_eq!(lapic.pending_intr(), Some(0x40));
+        assert_eq!(read(&p, &lapic, TIMER_CURRENT), 0);
+        assert_eq!(p.armed(Callout::LapicTimer(0)), None);
+        lapic.intr_accepted(&p, 0x40);
+        p.advance(1 << 40);
+        lapic.callout(&p);
+        assert_eq!(lapic.stats().timer_intr, 1);
+    }
+
+    #[test]
+    fn periodic_does_not_drift() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        write(&p, &lapic, TIMER_DIVIDE, 0xb);
+        write(&p, &lapic, TIMER, LVT_TIMER_PERIODIC | 0x40);
+        // 1 ms is no whole number of ticks.
+        write(&p, &lapic, TIMER_INITIAL, 134_217);
+        p.run_until(10_000_000_000, Callout::LapicTimer(0), |p| lapic.callout(p));
+        assert_eq!(lapic.stats().timer_intr, 10 * TIMER_HZ / 134_217);
+        write(&p, &lapic, TIMER_INITIAL, 0);
+        assert_eq!(p.armed(Callout::LapicTimer(0)), None);
+    }
+
+    #[test]
+    fn late_and_fast_expiries_coalesce() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        write(&p, &lapic, TIMER, LVT_TIMER_PERIODIC | 0x40);
+        write(&p, &lapic, TIMER_INITIAL, 1);
+        p.advance(1_000_000);
+        lapic.callout(&p);
+        assert_eq!(lapic.stats().timer_intr, 1);
+        let next = p.armed(Callout::LapicTimer(0)).unwrap();
+        assert_eq!(next, p.now() + MIN_CALLOUT_PERIOD);
+    }
+
+    #[test]
+    fn masked_timer_counts_in_silence() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        write(&p, &lapic, TIMER, LVT_MASKED | LVT_TIMER_PERIODIC | 0x40);
+        write(&p, &lapic, TIMER_INITIAL, 1 << 26);
+        assert_eq!(p.armed(Callout::LapicTimer(0)), None);
+        p.advance(1_500_000_000);
+        assert_eq!(read(&p, &lapic, TIMER_CURRENT), 1 << 25);
+        write(&p, &lapic, TIMER, LVT_TIMER_PERIODIC | 0x40);
+        assert_eq!(lapic.pending_intr(), None, "what expired while masked is lost");
+        assert_eq!(p.armed(Callout::LapicTimer(0)), Some(2_000_000_000));
+    }
+
+    #[test]
+    fn changes_while_the_timer_runs() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        write(&p, &lapic, TIMER, 0x40);
+        write(&p, &lapic, TIMER_INITIAL, 1 << 26);
+        p.advance(500_000_000);
+        write(&p, &lapic, TIMER_DIVIDE, 0xb);
+        assert_eq!(p.armed(Callout::LapicTimer(0)), Some(750_000_000), "half at twice the rate");
+        write(&p, &lapic, TIMER, LVT_TIMER_PERIODIC | 0x40);
+        p.run_until(750_000_000, Callout::LapicTimer(0), |p| lapic.callout(p));
+        assert_eq!(p.armed(Callout::LapicTimer(0)), Some(1_250_000_000));
+        write(&p, &lapic, TIMER, LVT_TIMER_TSC_DEADLINE | 0x40);
+        assert_eq!(p.armed(Callout::LapicTimer(0)), None, "TSC-deadline mode disarms");
+        assert_eq!(read(&p, &lapic, TIMER_CURRENT), 0);
+        write(&p, &lapic, TIMER_INITIAL, 5);
+        assert_eq!(read(&p, &lapic, TIMER_INITIAL), 0);
+    }
+
+    #[test]
+    fn tsc_deadline() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        lapic.set_tsc_deadline(&p, 1000);
+        assert_eq!(lapic.tsc_deadline(), 0, "only in its mode");
+        write(&p, &lapic, TIMER, LVT_TIMER_TSC_DEADLINE | 0x40);
+        lapic.set_tsc_deadline(&p, 1000);
+        assert_eq!(lapic.tsc_deadline(), 1000);
+        p.run_until(999, Callout::LapicTimer(0), |p| lapic.callout(p));
+        assert_eq!(lapic.pending_intr(), None);
+        p.run_until(1000, Callout::LapicTimer(0), |p| lapic.callout(p));
+        assert_eq!(lapic.pending_intr(), Some(0x40));
+        assert_eq!(lapic.tsc_deadline(), 0);
+        lapic.intr_accepted(&p, 0x40);
+        lapic.set_tsc_deadline(&p, 1);
+        assert_eq!(lapic.stats().timer_intr, 2, "a deadline in the past is due");
+        lapic.set_tsc_deadline(&p, 5000);
+        lapic.set_tsc_deadline(&p, 0);
+        assert_eq!(p.armed(Callout::LapicTimer(0)), None);
+    }
+
+    // ---- pins ------------------------------------------------------------------------------------
+
+    #[test]
+    fn virtual_wire_until_enabled() {
+        let p = TestPlatform::new(2);
+        let (bsp, ap) = (Vlapic::new(0), Vlapic::new(1));
+        assert!(bsp.accepts_extint());
+        assert!(!ap.accepts_extint());
+        bsp.lint(&p, 0, true);
+        ap.lint(&p, 0, true);
+        assert_eq!(p.take(), [Event::Notify(0)]);
+        bsp.lint(&p, 1, true);
+        ap.lint(&p, 1, true);
+        assert_eq!(p.take(), [Event::Nmi(0)]);
+        write(&p, &bsp, SVR, 0x1ff);
+        assert!(!bsp.accepts_extint(), "LINT0 is masked");
+        p.take();
+        write(&p, &bsp, LINT0, 0x700);
+        assert!(bsp.accepts_extint());
+        assert_eq!(p.take(), [Event::Notify(0)], "the pin is high still");
+    }
+
+    #[test]
+    fn lint_modes() {
+        let p = TestPlatform::new(1);
+        // LVT entry, what two rising edges of LINT1 do.
+        let nmi = [Event::Nmi(0), Event::Nmi(0)];
+        let init = [Event::Init(0), Event::Init(0)];
+        let table: &[(u32, &[Event], Option<u8>)] = &[
+            (0x400, &nmi, None),
+            (0x8400, &nmi, None),
+            (0x500, &init, None),
+            (0x200, &[], None),
+            (0x040, &[], Some(0x40)),
+            (0x1_0400, &[], None),
+        ];
+        for &(entry, events, pending) in table {
+            let lapic = lapic(&p);
+            write(&p, &lapic, LINT1, entry);
+            for level in [true, true, false, true] {
+                lapic.lint(&p, 1, level);
+            }
+            assert_eq!(p.take_deliveries(), events, "{entry:#x}");
+            assert_eq!(lapic.pending_intr(), pending, "{entry:#x}");
+        }
+    }
+
+    #[test]
+    fn level_pin_comes_again_after_eoi() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        lapic.lint(&p, 0, true);
+        write(&p, &lapic, LINT0, LVT_LEVEL | 0x40);
+        assert_eq!(read(&p, &lapic, LINT0), LVT_LEVEL | LVT_REMOTE_IRR | 0x40);
+        lapic.intr_accepted(&p, 0x40);
+        assert_eq!(lapic.pending_intr(), None);
+        write(&p, &lapic, EOI, 0);
+        assert_eq!(lapic.pending_intr(), Some(0x40));
+        lapic.intr_accepted(&p, 0x40);
+        lapic.lint(&p, 0, false);
+        write(&p, &lapic, EOI, 0);
+        assert_eq!(lapic.pending_intr(), None);
+        assert_eq!(read(&p, &lapic, LINT0), LVT_LEVEL | 0x40);
+    }
+
+    #[test]
+    fn extint_message_asks_for_the_pics_vector_once() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        lapic.deliver(&p, DeliveryMode::ExtInt, 0, false);
+        assert_eq!(p.take(), [Event::Notify(0)]);
+        assert!(lapic.accepts_extint());
+        lapic.lint(&p, 0, true);
+        lapic.lint(&p, 0, false);
+        assert!(!lapic.accepts_extint());
+    }
+
+    #[test]
+    fn local_interrupts() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        for (lvt, offset) in
+            [(LVT_PMC, PMC), (LVT_THERMAL, THERMAL), (LVT_CMCI, CMCI), (LVT_LINT1, LINT1)]
+        {
+            let vector = 0x40 + lvt as u8 * 0x10;
+            write(&p, &lapic, offset, vector.into());
+            lapic.local_irq(&p, lvt);
+            assert_eq!(lapic.pending_intr(), Some(vector));
+            lapic.intr_accepted(&p, vector);
+            write(&p, &lapic, EOI, 0);
+        }
+        assert_eq!(lapic.stats().cmc_intr, 1);
+        let before = lapic.save();
+        lapic.local_irq(&p, 7);
+        lapic.local_irq(&p, u32::MAX);
+        assert_eq!(lapic.save(), before);
+    }
+
+    // ---- state -----------------------------------------------------------------------------------
+
+    #[test]
+    fn restored_timer_goes_on() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        write(&p, &lapic, TIMER, LVT_TIMER_PERIODIC | 0x40);
+        write(&p, &lapic, TIMER_INITIAL, 1 << 26);
+        lapic.deliver(&p, DeliveryMode::Fixed, 0x99, true);
+        let other = TestPlatform::new(1);
+        other.advance(1_200_000_000);
+        let restored = Vlapic::new(0);
+        let text = serde_json::to_string(&lapic.save()).unwrap();
+        restored.restore(&other, serde_json::from_str(&text).unwrap()).unwrap();
+        assert_eq!(restored.save(), lapic.save());
+        assert_eq!(restored.pending_intr(), Some(0x99));
+        assert_eq!(other.take(), [Event::Notify(0)]);
+        assert_eq!(other.armed(Callout::LapicTimer(0)), Some(1_000_000_000), "overdue");
+    }
+
+    #[test]
+    fn unknown_version_is_refused() {
+        let p = TestPlatform::new(1);
+        let lapic = lapic(&p);
+        let before = lapic.save();
+        let error = lapic.restore(&p, State { version: 2, ..before.clone() }).unwrap_err();
+        assert_eq!(error.to_string(), "vlapic: saved state has version 2, this program reads 1");
+        assert_eq!(lapic.save(), before);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Read(u64, usize),
+        Write(u64, usize, u64),
+        ReadMsr(u32),
+        WriteMsr(u32, u64),
+        Base(u64),
+        Cr8(u8),
+        Deadline(u64),
+        Lint(usize, bool),
+        Local(u32),
+        Deliver(u32, u8, bool),
+        Accept,
+        Callout(u64),
+        Init,
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let register = (0u64..0x40).prop_map(|n| n << 4);
+        let offset = prop_oneof![4 => register, 1 => 0u64..0x1000];
+        let value = prop_oneof![any::<u64>(), 0u64..0x200, (0u32..32).prop_map(|bit| 1 << bit)];
+        let size = prop::sample::select(vec![1usize, 2, 3, 4, 8, 16]);
+        let base = prop::sample::select(vec![BASE | 0x900, BASE | 0xd00, BASE | 0x100, 0]);
+        prop_oneof![
+            1 => (offset.clone(), size.clone()).prop_map(|(offset, size)| Op::Read(offset, size)),
+            6 => (offset, size, value.clone()).prop_map(|(o, s, v)| Op::Write(o, s, v)),
+            1 => (0x7f0u32..0x910).prop_map(Op::ReadMsr),
+            1 => (0x7f0u32..0x910, value.clone()).prop_map(|(msr, v)| Op::WriteMsr(msr, v)),
+            1 => base.prop_map(Op::Base),
+            1 => (0u8..16).prop_map(Op::Cr8),
+            1 => value.clone().prop_map(Op::Deadline),
+            1 => (0usize..3, any::<bool>()).prop_map(|(pin, level)| Op::Lint(pin, level)),
+            1 => (0u32..9).prop_map(Op::Local),
+            4 => (0u32..8, any::<u8>(), any::<bool>()).prop_map(|(m, v, l)| Op::Deliver(m, v, l)),
+            2 => Just(Op::Accept),
+            1 => value.prop_map(Op::Callout),
+            1 => Just(Op::Init),
+        ]
+    }
+
+    fn apply(p: &TestPlatform, lapic: &Vlapic, op: &Op) {
+        match *op {
+            Op::Read(offset, size) => {
+                let value = lapic.mmio_read(p, offset, size);
+                assert_eq!(value, truncate(value, size));
+            }
+            Op::Write(offset, size, value) => lapic.mmio_write(p, offset, size, value),
+            Op::ReadMsr(msr) => drop(lapic.msr_read(p, msr)),
+            Op::WriteMsr(msr, value) => drop(lapic.msr_write(p, msr, value)),
+            Op::Base(value) => drop(lapic.set_apicbase(value)),
+            Op::Cr8(value) => lapic.set_cr8(p, value),
+            Op::Deadline(value) => lapic.set_tsc_deadline(p, value),
+            Op::Lint(pin, level) => lapic.lint(p, pin, level),
+            Op::Local(lvt) => lapic.local_irq(p, lvt),
+            Op::Deliver(mode, vector, level) => {
+                if let Some(mode) = delivery_mode(mode) {
+                    lapic.deliver(p, mode, vector, level);
+                }
+            }
+            Op::Accept => {
+                if let Some(vector) = lapic.pending_intr() {
+                    lapic.intr_accepted(p, vector);
+                }
+            }
+            Op::Callout(ns) => {
+                p.advance(ns >> 24);
+                lapic.callout(p);
+            }
+            Op::Init => lapic.init_reset(p),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_sequence_leaves_a_state_that_can_be_restored(
+            ops in prop::collection::vec(op(), 1..120),
+        ) {
+            let p = TestPlatform::new(2);
+            let lapic = Vlapic::new(0);
+            for op in &ops {
+                apply(&p, &lapic, op);
+                let state = lapic.save();
+                prop_assert_eq!(lapic.pending_intr(), state.deliverable());
+                // Every vector below 16 is an exception's.
+                prop_assert_eq!((state.irr[0] | state.isr[0]) & 0xffff, 0);
+            }
+            let copy = Vlapic::new(0);
+            copy.restore(&p, lapic.save()).unwrap();
+            prop_assert_eq!(copy.save(), lapic.save());
+            prop_assert_eq!(copy.pending_intr(), lapic.pending_intr());
+        }
+
+        #[test]
+        fn hostile_states_are_tamed(
+            bits in prop::collection::vec(any::<u64>(), 32),
+            ops in prop::collection::vec(op(), 0..40),
+        ) {
+            let p = TestPlatform::new(2);
+            p.advance(bits[0] >> 20);
+            let word = |n: usize| bits[n] as u32;
+            let state = State {
+                version: State::VERSION,
+                id: word(0),
+                apicbase: bits[1],
+                boot_x2apic: bits[2] & 1 != 0,
+                tpr: word(3) as u8,
+                ldr: word(4),
+                dfr: word(5),
+                svr: word(6),
+                isr: std::array::from_fn(|n| word(7 + n)),
+                tmr: std::array::from_fn(|n| word(8 + n)),
+                irr: std::array::from_fn(|n| word(9 + n)),
+                esr: word(10),
+                esr_pending: word(11),
+                icr: bits[12],
+                lvt: std::array::from_fn(|n| word(13 + n)),
+                timer_initial: word(20),
+                timer_divide: word(21),
+                timer_start: bits[22],
+                timer_count: word(23),
+                timer_expired: bits[24],
+                tsc_deadline: bits[25],
+                lint: [bits[26] & 1 != 0, bits[26] & 2 != 0],
+                extint: bits[27] & 1 != 0,
+                stats: VlapicStats::default(),
+            };
+            let lapic = Vlapic::new(1);
+            lapic.restore(&p, state).unwrap();
+            let tamed = lapic.save();
+            lapic.restore(&p, tamed.clone()).unwrap();
+            prop_assert_eq!(lapic.save(), tamed);
+            for op in &ops {
+                apply(&p, &lapic, op);
+            }
+        }
     }
 }

@@ -100,10 +100,8 @@ struct Mapped {
     gpa: u64,
     /// Size of the page that maps it, bytes.
     size: u64,
-    user: bool,
     /// Writes need no further walk: allowed for the walking privilege, and dirty already.
     write: bool,
-    global: bool,
 }
 
 /// #PF error code bits (SDM 3A, 4.7).
@@ -122,7 +120,6 @@ mod pte {
     pub const A: u64 = 1 << 5;
     pub const D: u64 = 1 << 6;
     pub const PS: u64 = 1 << 7;
-    pub const G: u64 = 1 << 8;
     pub const NX: u64 = 1 << 63;
     pub const ADDR: u64 = 0x000F_FFFF_FFFF_F000;
 }
@@ -504,9 +501,7 @@ impl Cpu {
             return Some(Ok(Mapped {
                 gpa: page | lin & (size - 1),
                 size,
-                user: us,
                 write: may_write && (dirty || e & pte::D != 0),
-                global: e & pte::G != 0 && self.cr4 & cr4::PGE != 0,
             }));
         }
     }
@@ -515,7 +510,7 @@ impl Cpu {
     fn translate(&mut self, lin: u64, access: Access, right: Right) -> Result<Mapped, Stop> {
         if self.cr0 & cr0::PG == 0 {
             let gpa = lin & 0xFFFF_FFFF;
-            return Ok(Mapped { gpa, size: PAGE, user: true, write: true, global: false });
+            return Ok(Mapped { gpa, size: PAGE, write: true });
         }
         let user = self.cpl == 3 && right == Right::Current;
         let ac = self.rflags & fl::AC != 0 && right == Right::Current;

@@ -1,0 +1,50 @@
+"""The board around the processor: what every machine has before its PCI devices.
+
+bhyve: bhyve_init_platform() and bhyve_init_platform_late() of bhyverun_machdep.c.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pybhyve.amd64.acpi.build import build_acpi
+from pybhyve.amd64.atkbdc import Atkbdc
+from pybhyve.amd64.kernemu_dev import KernelDevices
+from pybhyve.amd64.mptable import MPTABLE_BASE, build_mptable
+from pybhyve.amd64.pci_irq import PirqRouter
+from pybhyve.amd64.pm import PowerManagement
+from pybhyve.amd64.post import Post
+from pybhyve.amd64.rtc import Rtc
+from pybhyve.pci.bus import PciHost, pci_host
+
+if TYPE_CHECKING:
+    from pybhyve.bhyverun.machine import Machine
+
+
+def init_platform(machine: Machine) -> None:
+    """Add the board's devices, in bhyve's order; PCI functions come afterwards."""
+    machine.add_device("kernemu", KernelDevices(machine))
+    machine.add_device("post", Post(machine))
+    router = PirqRouter(machine)
+    machine.add_device("atkbdc", Atkbdc(machine, router))
+    machine.add_device("pirq", router)
+    machine.add_device("rtc", Rtc(machine))
+    pm = PowerManagement(machine)
+    pm.attach()
+    machine.add_device("pm", pm)
+    host = PciHost(machine, router)
+    host.attach()
+    machine.add_device("pci", host)
+
+
+def late_init(machine: Machine) -> None:
+    """Put the tables that describe the finished machine into guest memory.
+
+    BhyveError: a table cannot describe it, or does not fit.
+    """
+    if machine.options.x86_mptable:
+        table = build_mptable(machine.ncpu, pci_host(machine))
+        machine.ctx.write(MPTABLE_BASE, table)
+    if machine.options.acpi_tables and machine.options.acpi_tables_in_memory:
+        for address, table in build_acpi(machine).values():
+            machine.ctx.write(address, table)

@@ -1,0 +1,91 @@
+"""Names of PCI configuration space (PCI Local Bus 3.0, chapter 6).  bhyve: pcireg.h."""
+
+from __future__ import annotations
+
+from typing import Final
+
+BUSES: Final = 256
+SLOTS: Final = 32
+FUNCS: Final = 8
+CONFIG_SIZE: Final = 256
+ECAM_SIZE: Final = 4096
+
+PCIR_VENDOR: Final = 0x00
+PCIR_DEVICE: Final = 0x02
+PCIR_COMMAND: Final = 0x04
+PCIR_STATUS: Final = 0x06
+PCIR_REVID: Final = 0x08
+PCIR_PROGIF: Final = 0x09
+PCIR_SUBCLASS: Final = 0x0A
+PCIR_CLASS: Final = 0x0B
+PCIR_CACHELNSZ: Final = 0x0C
+PCIR_LATTIMER: Final = 0x0D
+PCIR_HDRTYPE: Final = 0x0E
+PCIR_BARS: Final = 0x10
+PCIR_SUBVEND: Final = 0x2C
+PCIR_SUBDEV: Final = 0x2E
+PCIR_CAP_PTR: Final = 0x34
+PCIR_INTLINE: Final = 0x3C
+PCIR_INTPIN: Final = 0x3D
+PCIR_HEADER_END: Final = 0x40
+
+PCIM_CMD_PORTEN: Final = 0x0001
+PCIM_CMD_MEMEN: Final = 0x0002
+PCIM_CMD_BUSMASTEREN: Final = 0x0004
+PCIM_CMD_INTXDIS: Final = 0x0400
+# bhyve: SERR#, parity and INTx disable are writable, bits 7 and 11 up are not.
+PCIM_CMD_WRITABLE: Final = 0x077F
+
+PCIM_STATUS_INTX: Final = 0x0008
+PCIM_STATUS_CAPPRESENT: Final = 0x0010
+
+PCIM_MFDEV: Final = 0x80
+
+BAR_MAX: Final = 6
+PCIM_BAR_IO_SPACE: Final = 0x1
+PCIM_BAR_MEM_64: Final = 0x4
+PCIM_BAR_MEM_PREFETCH: Final = 0x8
+PCIM_BAR_IO_BASE: Final = 0xFFFFFFFC
+PCIM_BAR_MEM_BASE: Final = 0xFFFFFFF0
+
+PCIY_MSI: Final = 0x05
+PCIY_EXPRESS: Final = 0x10
+PCIY_MSIX: Final = 0x11
+
+PCIR_MSI_CTRL: Final = 0x02  # offsets in the capability
+PCIR_MSI_ADDR: Final = 0x04
+PCIR_MSI_ADDR_HIGH: Final = 0x08
+PCIR_MSI_DATA: Final = 0x0C
+PCIM_MSICTRL_MSI_ENABLE: Final = 0x0001
+PCIM_MSICTRL_MMC: Final = 0x000E
+PCIM_MSICTRL_MME: Final = 0x0070
+PCIM_MSICTRL_64BIT: Final = 0x0080
+MSI_MAX: Final = 32
+
+PCIR_MSIX_CTRL: Final = 0x02
+PCIR_MSIX_TABLE: Final = 0x04
+PCIR_MSIX_PBA: Final = 0x08
+PCIM_MSIXCTRL_FUNCTION_MASK: Final = 0x4000
+PCIM_MSIXCTRL_MSIX_ENABLE: Final = 0x8000
+MSIX_ENTRY_SIZE: Final = 16
+MSIX_VECTOR_MASKED: Final = 0x1
+MSIX_MAX: Final = 2048
+
+# PCI Express Base 3.0, 7.8.2: device/port type.
+PCIEM_TYPE_ENDPOINT: Final = 0x0
+PCIEM_TYPE_ROOT_PORT: Final = 0x4
+PCIEM_TYPE_ROOT_INT_EP: Final = 0x9
+
+PCIC_STORAGE: Final = 0x01
+PCIC_NETWORK: Final = 0x02
+PCIC_DISPLAY: Final = 0x03
+PCIC_MULTIMEDIA: Final = 0x04
+PCIC_BRIDGE: Final = 0x06
+PCIS_BRIDGE_HOST: Final = 0x00
+PCIS_BRIDGE_ISA: Final = 0x01
+PCIC_SIMPLECOMM: Final = 0x07
+PCIS_SIMPLECOMM_UART: Final = 0x00
+PCIC_BASEPERIPH: Final = 0x08
+PCIC_INPUTDEV: Final = 0x09
+PCIC_SERIALBUS: Final = 0x0C
+PCIC_CRYPTO: Final = 0x10
