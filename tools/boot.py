@@ -9,16 +9,20 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tools import fetch, guests
 
 
-def command(image: guests.Image, cpus: int, memory: str, name: str) -> list[str]:
-    """Bhyve's arguments for a machine with its serial console on this terminal."""
+def arguments(image: Sequence[str], cpus: int, memory: str, name: str) -> list[str]:
+    """Bhyve's arguments for a machine with its serial console on this terminal.
+
+    ``image`` are the options that say what to boot.
+    """
     machine = ["-A", "-H", "-P", "-c", str(cpus), "-m", memory]
     devices = ["-s", "0,hostbridge", "-s", "31,lpc", "-l", "com1,stdio"]
-    return ["bhyve", *machine, *devices, *image.options(), name]
+    return [*machine, *devices, *image, name]
 
 
 def main() -> None:
@@ -34,7 +38,7 @@ def main() -> None:
         image = guests.find(args.guest).image()
     except (fetch.FetchError, guests.GuestError, OSError) as error:
         sys.exit(f"boot: {error}")
-    bhyve = command(image, args.cpus, args.memory, args.name)
+    bhyve = ["bhyve", *arguments(image.options(), args.cpus, args.memory, args.name)]
     print(f"{image.package}", shlex.join(bhyve), sep="\n", flush=True)
     # The program installed beside the interpreter that runs this.
     os.execv(Path(sys.executable).with_name("bhyve"), bhyve)  # noqa: S606 no shell
