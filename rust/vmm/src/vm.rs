@@ -867,7 +867,7 @@ mod tests {
             assert_eq!(next(&exits), Exit::Debug);
         }
         vm.resume_all_cpus();
-        assert_eq!(vm.debug_cpus(), []);
+        assert!(vm.debug_cpus().is_empty());
         assert_eq!(vm.resume_cpu(0).unwrap_err().errno(), libc::EINVAL);
         end(&vm, &[exits]);
     }

@@ -538,3 +538,396 @@ impl Vatpit {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::testplat::{Event, TestPlatform};
+    use super::*;
+
+    const PULSE: Event = Event::Pulse(Some(PIC_IRQ), Some(IOAPIC_PIN));
+
+    fn out(p: &TestPlatform, pit: &Vatpit, port: u16, value: u8) {
+        pit.write(p, port, 1, value.into()).unwrap();
+    }
+
+    fn inb(p: &TestPlatform, pit: &Vatpit, port: u16) -> u8 {
+        pit.read(p, port, 1).unwrap() as u8
+    }
+
+    /// Turn the clock to `tick` of the input clock, running callouts.
+    fn run_to(p: &TestPlatform, pit: &Vatpit, tick: u64) {
+        p.run_until(ticks_to_ns(tick, HZ), Callout::PitChannel0, |p| pit.callout(p));
+    }
+
+    /// Latch and read both bytes of a counter.
+    fn count(p: &TestPlatform, pit: &Vatpit, counter: u16) -> u16 {
+        out(p, pit, CONTROL, (counter as u8) << 6);
+        let low = inb(p, pit, COUNTER0 + counter);
+        u16::from_le_bytes([low, inb(p, pit, COUNTER0 + counter)])
+    }
+
+    fn program(p: &TestPlatform, pit: &Vatpit, counter: u8, control: u8, count: u16) {
+        out(p, pit, CONTROL, counter << 6 | control);
+        for byte in count.to_le_bytes() {
+            out(p, pit, COUNTER0 + u16::from(counter), byte);
+        }
+    }
+
+    fn out2(p: &TestPlatform, pit: &Vatpit) -> bool {
+        inb(p, pit, NMISC) & NMISC_OUT2 != 0
+    }
+
+    /// Datasheet, "Mode Definitions": OUT and count of counter 2 at ticks after the count is
+    /// loaded, which takes one tick.
+    #[test]
+    fn modes() {
+        // Control word, count, (tick, OUT, count).
+        type Samples<'a> = &'a [(u64, bool, u16)];
+        let table: &[(u8, u16, Samples)] = &[
+            (0x30, 4, &[(0, false, 4), (3, false, 1), (4, true, 0), (5, true, 0xffff)]),
+            (0x31, 0x12, &[(0, false, 0x12), (3, false, 9), (12, true, 0), (13, true, 0x9999)]),
+            (0x32, 4, &[(0, true, 0), (9, true, 0)]),
+            (0x34, 3, &[(0, true, 3), (1, true, 2), (2, false, 1), (3, true, 3), (5, false, 1)]),
+            (0x36, 4, &[(0, true, 4), (1, true, 2), (2, false, 4), (3, false, 2), (4, true, 4)]),
+            (0x36, 5, &[(0, true, 4), (2, true, 0), (3, false, 4), (4, false, 2), (5, true, 4)]),
+            (0x38, 3, &[(0, true, 3), (2, true, 1), (3, false, 0), (4, true, 0xffff)]),
+            (0x3a, 3, &[(0, true, 0), (3, true, 0)]),
+            (0x3e, 4, &[(2, false, 4), (4, true, 4)]),
+        ];
+        for &(control, initial, samples) in table {
+            for &(tick, level, value) in samples {
+                let p = TestPlatform::new(1);
+                let pit = Vatpit::new();
+                out(&p, &pit, NMISC, NMISC_GATE2);
+                program(&p, &pit, 2, control, initial);
+                run_to(&p, &pit, tick + 1);
+                assert_eq!(out2(&p, &pit), level, "{control:#x} {initial} OUT at {tick}");
+                let triggered = !matches!(control >> 1 & 7, 1 | 5);
+                if triggered {
+                    assert_eq!(count(&p, &pit, 2), value, "{control:#x} {initial} at {tick}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn full_count() {
+        let p = TestPlatform::new(1);
+        let pit = Vatpit::new();
+        program(&p, &pit, 0, 0x34, 0);
+        run_to(&p, &pit, 2);
+        assert_eq!(count(&p, &pit, 0), 0xffff);
+        program(&p, &pit, 0, 0x35, 0);
+        run_to(&p, &pit, 4);
+        assert_eq!(count(&p, &pit, 0), 0x9999);
+    }
+
+    /// Rising edges of counter 0 in the first 1000 ticks: (control, count, edges, first).
+    #[test]
+    fn interrupts() {
+        let table = [
+            (0x30, 100, 1, Some(101)),
+            (0x32, 100, 0, None),
+            (0x34, 100, 9, Some(101)),
+            (0x36, 100, 9, Some(101)),
+            (0x36, 101, 9, Some(102)),
+            (0x38, 100, 1, Some(102)),
+            (0x3a, 100, 0, None),
+        ];
+        for (control, count, edges, first) in table {
+            let p = TestPlatform::new(1);
+            let pit = Vatpit::new();
+            program(&p, &pit, 0, control, count);
+            let armed = p.armed(Callout::PitChannel0);
+            assert_eq!(armed, first.map(|tick| ticks_to_ns(tick, HZ)), "{control:#x}");
+            run_to(&p, &pit, 1000);
+            assert_eq!(p.take(), vec![PULSE; edges], "{control:#x} {count}");
+        }
+    }
+
+    #[test]
+    fn long_run_does_not_drift() {
+        let p = TestPlatform::new(1);
+        let pit = Vatpit::new();
+        program(&p, &pit, 0, 0x34, 11_932);
+        run_to(&p, &pit, 100 * HZ + 1);
+        assert_eq!(p.take().len() as u64, 100 * HZ / 11_932);
+    }
+
+    #[test]
+    fn fast_edges_coalesce() {
+        let p = TestPlatform::new(1);
+        let pit = Vatpit::new();
+        program(&p, &pit, 0, 0x34, 1);
+        run_to(&p, &pit, HZ / 100);
+        let pulses = p.take().len();
+        assert!((400..=500).contains(&pulses), "{pulses} in 10 ms");
+    }
+
+    #[test]
+    fn new_count_waits_for_the_cycle() {
+        let p = TestPlatform::new(1);
+        let pit = Vatpit::new();
+        program(&p, &pit, 0, 0x34, 1000);
+        run_to(&p, &pit, 501);
+        for byte in 200u16.to_le_bytes() {
+            out(&p, &pit, COUNTER0, byte);
+        }
+        assert_eq!(count(&p, &pit, 0), 500);
+        out(&p, &pit, CONTROL, 0xe2);
+        assert_eq!(inb(&p, &pit, COUNTER0), 0xf4, "null count: not loaded yet");
+        run_to(&p, &pit, 1001);
+        assert_eq!(p.take(), [PULSE]);
+        out(&p, &pit, CONTROL, 0xe2);
+        assert_eq!(inb(&p, &pit, COUNTER0), 0xb4);
+        run_to(&p, &pit, 1401);
+        assert_eq!(p.take(), [PULSE, PULSE]);
+    }
+
+    #[test]
+    fn square_wave_changes_at_half_a_cycle() {
+        let p = TestPlatform::new(1);
+        let pit = Vatpit::new();
+        out(&p, &pit, NMISC, NMISC_GATE2);
+        program(&p, &pit, 2, 0x36, 1000);
+        run_to(&p, &pit, 101);
+        for byte in 200u16.to_le_bytes() {
+            out(&p, &pit, COUNTER2, byte);
+        }
+        for (tick, level) in [(500, true), (501, false), (600, false), (601, true), (701, false)] {
+            run_to(&p, &pit, tick);
+            assert_eq!(out2(&p, &pit), level, "{tick}");
+        }
+    }
+
+    #[test]
+    fn control_word_can_raise_out() {
+        let p = TestPlatform::new(1);
+        let pit = Vatpit::new();
+        out(&p, &pit, CONTROL, 0x30);
+        assert_eq!(p.take(), []);
+        out(&p, &pit, CONTROL, 0x34);
+        assert_eq!(p.take(), [PULSE], "OUT is low in mode 0 and high in mode 2");
+    }
+
+    #[test]
+    fn first_byte_stops_mode_0() {
+        let p = TestPlatform::new(1);
+        let pit = Vatpit::new();
+        program(&p, &pit, 0, 0x30, 100);
+        run_to(&p, &pit, 50);
+        out(&p, &pit, COUNTER0, 10);
+        run_to(&p, &pit, 500);
+        assert_eq!(p.take(), []);
+        out(&p, &pit, COUNTER0, 0);
+        run_to(&p, &pit, 511);
+        assert_eq!(p.take(), [PULSE]);
+    }
+
+    #[test]
+    fn gate_of_counter_2() {
+        // Mode, OUT while the gate is low, and at ticks after it has risen again at 100 ticks,
+        // 40 of 60 having passed.
+        let table: &[(u8, bool, &[(u64, bool)])] = &[
+            (0x30, false, &[(19, false), (20, true)]),
+            (0x32, true, &[(1, false), (60, false), (61, true)]),
+            (0x34, true, &[(1, true), (60, false), (61, true)]),
+            (0x36, true, &[(1, true), (30, true), (31, false), (61, true)]),
+            (0x38, true, &[(19, true), (20, false), (21, true)]),
+            (0x3a, true, &[(1, true), (61, false), (62, true)]),
+        ];
+        for &(control, low, samples) in table {
+            for &(tick, level) in samples {
+                let p = TestPlatform::new(1);
+                let pit = Vatpit::new();
+                out(&p, &pit, NMISC, NMISC_GATE2);
+                program(&p, &pit, 2, control, 60);
+                run_to(&p, &pit, 41);
+                out(&p, &pit, NMISC, 0);
+                run_to(&p, &pit, 100);
+                assert_eq!(out2(&p, &pit), low, "{control:#x}");
+                out(&p, &pit, NMISC, NMISC_GATE2);
+                run_to(&p, &pit, 100 + tick);
+                assert_eq!(out2(&p, &pit), level, "{control:#x} at {tick}");
+            }
+        }
+    }
+
+    #[test]
+    fn access_modes() {
+        // Read/write field, bytes written, count, bytes read of count 0x1234.
+        let table: &[(u8, &[u8], u32)] =
+            &[(1, &[0x34], 0x34), (2, &[0x12], 0x1200), (3, &[0x34, 0x12], 0x1234)];
+        for &(access, bytes, expected) in table {
+            let p = TestPlatform::new(1);
+            let pit = Vatpit::new();
+            out(&p, &pit, CONTROL, access << 4 | 4);
+            for &byte in bytes {
+                out(&p, &pit, COUNTER0, byte);
+            }
+            assert_eq!(pit.save().counters[0].count, expected);
+            out(&p, &pit, CONTROL, 0);
+            let read: Vec<_> = bytes.iter().map(|_| inb(&p, &pit, COUNTER0)).collect();
+            assert_eq!(read, bytes);
+            assert_eq!(pit.save().counters[0].latched_count, None);
+        }
+    }
+
+    #[test]
+    fn latches_hold_until_read() {
+        let p = TestPlatform::new(1);
+        let pit = Vatpit::new();
+        program(&p, &pit, 0, 0x34, 0x5000);
+        run_to(&p, &pit, 0x101);
+        out(&p, &pit, CONTROL, 0x00);
+        run_to(&p, &pit, 0x201);
+        out(&p, &pit, CONTROL, 0x00);
+        assert_eq!([inb(&p, &pit, COUNTER0), inb(&p, &pit, COUNTER0)], [0x00, 0x4f]);
+        assert_eq!(count(&p, &pit, 0), 0x4e00);
+    }
+
+    #[test]
+    fn read_back() {
+        let p = TestPlatform::new(1);
+        let pit = Vatpit::new();
+        program(&p, &pit, 0, 0x34, 0x5000);
+        program(&p, &pit, 2, 0x31, 0x50);
+        run_to(&p, &pit, 0x11);
+        out(&p, &pit, CONTROL, 0xca);
+        assert_eq!(inb(&p, &pit, COUNTER0), 0xb4, "status comes first");
+        assert_eq!([inb(&p, &pit, COUNTER0), inb(&p, &pit, COUNTER0)], [0xf0, 0x4f]);
+        assert_eq!(inb(&p, &pit, COUNTER2), 0x31);
+        out(&p, &pit, CONTROL, 0xe0);
+        assert_eq!(pit.save().counters[0].latched_status, None, "no counter was named");
+    }
+
+    #[test]
+    fn counter_that_was_never_loaded_moves() {
+        let p = TestPlatform::new(1);
+        let pit = Vatpit::new();
+        run_to(&p, &pit, 1);
+        let first = count(&p, &pit, 0);
+        run_to(&p, &pit, 101);
+        assert_eq!(first - count(&p, &pit, 0), 100);
+        assert_eq!(p.armed(Callout::PitChannel0), None);
+    }
+
+    #[test]
+    fn port_61() {
+        let p = TestPlatform::new(1);
+        let pit = Vatpit::new();
+        out(&p, &pit, NMISC, 0xff);
+        assert_eq!(inb(&p, &pit, NMISC) & !(NMISC_REFRESH | NMISC_OUT2), 0x0f);
+        let mut toggles = 0;
+        let mut last = false;
+        for _ in 0..1000 {
+            let bit = inb(&p, &pit, NMISC) & NMISC_REFRESH != 0;
+            toggles += u32::from(bit != last);
+            last = bit;
+            p.advance(1000);
+        }
+        assert_eq!(toggles, 1_000_000 / REFRESH_PERIOD as u32);
+        assert_eq!(inb(&p, &pit, CONTROL), 0xff);
+        assert_eq!(pit.read(&p, 0x44, 1), Err(NotDecoded));
+    }
+
+    #[test]
+    fn restored_timer_goes_on() {
+        let p = TestPlatform::new(1);
+        let pit = Vatpit::new();
+        program(&p, &pit, 0, 0x34, 1000);
+        run_to(&p, &pit, 2500);
+        p.take();
+        let other = TestPlatform::new(1);
+        other.advance(p.now());
+        let copy = Vatpit::new();
+        let text = serde_json::to_string(&pit.save()).unwrap();
+        copy.restore(&other, serde_json::from_str(&text).unwrap()).unwrap();
+        assert_eq!(copy.save(), pit.save());
+        run_to(&other, &copy, 5002);
+        assert_eq!(other.take(), [PULSE; 3]);
+    }
+
+    fn counter_state() -> impl Strategy<Value = CounterState> {
+        let flags = any::<[bool; 4]>();
+        let bytes = any::<[u8; 2]>();
+        let latches = any::<(Option<u8>, Option<u16>, Option<u8>)>();
+        let counting = any::<(u32, i64, Option<i64>, u32, Option<(u32, i64)>)>();
+        (flags, bytes, latches, counting).prop_map(
+            |(flags, [mode, access], (write_low, latched_count, latched_status), counting)| {
+                let (count, start, stopped, armed, next) = counting;
+                let [bcd, read_high, null_count, gate] = flags;
+                CounterState {
+                    mode,
+                    bcd,
+                    access,
+                    write_low,
+                    read_high,
+                    latched_count,
+                    latched_status,
+                    null_count,
+                    gate,
+                    count,
+                    start,
+                    stopped,
+                    armed,
+                    next: next.map(|(count, tick)| NextCount { count, tick }),
+                }
+            },
+        )
+    }
+
+    type Op = (bool, u16, usize, u32, u64);
+
+    fn ops() -> impl Strategy<Value = Vec<Op>> {
+        let ports = prop::sample::select(vec![0x3f, 0x40, 0x41, 0x42, 0x43, 0x61]);
+        let op = (any::<bool>(), ports, 1usize..5, any::<u32>(), 0u64..20_000_000);
+        prop::collection::vec(op, 1..100)
+    }
+
+    fn apply(p: &TestPlatform, pit: &Vatpit, ops: &[Op]) {
+        for &(write, port, size, value, ns) in ops {
+            if write {
+                let _ = pit.write(p, port, size, value);
+            } else {
+                let _ = pit.read(p, port, size);
+            }
+            // A clock that jumps over callouts must do no harm, either.
+            if ns % 2 == 0 {
+                p.advance(ns);
+            } else {
+                p.run_until(p.now() + ns, Callout::PitChannel0, |p| pit.callout(p));
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_sequence_leaves_a_state_that_can_be_restored(ops in ops()) {
+            let p = TestPlatform::new(1);
+            let pit = Vatpit::new();
+            apply(&p, &pit, &ops);
+            let copy = Vatpit::new();
+            copy.restore(&p, pit.save()).unwrap();
+            prop_assert_eq!(copy.save(), pit.save());
+        }
+
+        #[test]
+        fn hostile_states_are_tamed(
+            counters in [counter_state(), counter_state(), counter_state()],
+            nmisc in any::<u8>(),
+            next_rise in any::<Option<i64>>(),
+            now in any::<u64>(),
+            ops in ops(),
+        ) {
+            let p = TestPlatform::new(1);
+            p.advance(now >> 8);
+            let pit = Vatpit::new();
+            let state = State { version: State::VERSION, counters, nmisc, next_rise };
+            pit.restore(&p, state).unwrap();
+            apply(&p, &pit, &ops);
+        }
+    }
+}

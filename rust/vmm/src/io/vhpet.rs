@@ -342,11 +342,6 @@ impl Vhpet {
         }
     }
 
-    /// General capabilities and ID register.
-    pub fn capabilities(&self) -> u64 {
-        CAPABILITIES_VALUE
-    }
-
     /// Read 4 or 8 aligned bytes; the specification allows no other access, and they read 0.
     pub fn mmio_read(&self, p: &dyn Platform, offset: u64, size: usize) -> u64 {
         let Some(shift) = lane_shift(offset, size) else { return 0 };

@@ -451,23 +451,22 @@ impl Vrtc {
     }
 
     /// bhyve's `vm_rtc_read`: any of the 128 cells, without side effects.
-    pub fn nvram_read(&self, p: &dyn Platform, offset: u32) -> Result<u8, NotDecoded> {
-        let Some(cell) = u8::try_from(offset).ok().filter(|&cell| usize::from(cell) < CELLS) else {
+    pub fn nvram_read(&self, p: &dyn Platform, offset: u8) -> Result<u8, NotDecoded> {
+        if usize::from(offset) >= CELLS {
             return Err(NotDecoded);
-        };
+        }
         self.enter(p, |s, now| {
-            let value = if cell == REG_C { s.cell(cell) } else { s.read_cell(cell, now) };
+            let value = if offset == REG_C { s.cell(offset) } else { s.read_cell(offset, now) };
             (Ok(value), false)
         })
     }
 
     /// bhyve's `vm_rtc_write`: memory cells only, neither the clock's nor the century.
-    pub fn nvram_write(&self, _p: &dyn Platform, offset: u32, value: u8) -> Result<(), NotDecoded> {
-        let cell = u8::try_from(offset).map_err(|_| NotDecoded)?;
-        if cell <= REG_D || cell == CENTURY || usize::from(cell) >= CELLS {
+    pub fn nvram_write(&self, _p: &dyn Platform, offset: u8, value: u8) -> Result<(), NotDecoded> {
+        if offset <= REG_D || offset == CENTURY || usize::from(offset) >= CELLS {
             return Err(NotDecoded);
         }
-        *lock(&self.inner).cell_mut(cell) = value;
+        *lock(&self.inner).cell_mut(offset) = value;
         Ok(())
     }
 
