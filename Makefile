@@ -81,5 +81,5 @@ $(VENV)/.installed: $(VENV)/.maturin $(RUST_SOURCES)
 
 $(VENV)/.developed: $(VENV)/.installed pyproject.toml
 	@echo "== installing the development tools"
-	@$(BIN)/pip install -q --group dev
+	@$(BIN)/pip install -q --group tests
 	@touch $@
