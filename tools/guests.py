@@ -104,11 +104,13 @@ def compile_program(name: str) -> Path:
     return _compile(source, BUILD_DIR / name, ["-O1", "-static", "-pthread"], ["-lm"])
 
 
-def compile_kernel(name: str) -> Path:
+def compile_kernel(name: str, **defines: int) -> Path:
     """A Multiboot kernel of tests/guests/src: an ELF file at 1 MiB."""
     layout = "-Wl,-Ttext=0x100000,-N,--build-id=none,--no-warn-rwx-segments"
     flags = ["-m32", "-nostdlib", "-static", "-no-pie", layout]
-    return _compile(GUESTS_DIR / "src" / f"{name}.S", BUILD_DIR / f"{name}.elf", flags)
+    flags += [f"-D{key}={value}" for key, value in defines.items()]
+    target = "-".join([name, *(f"{value:x}" for value in defines.values())])
+    return _compile(GUESTS_DIR / "src" / f"{name}.S", BUILD_DIR / f"{target}.elf", flags)
 
 
 def _compile(
