@@ -110,7 +110,9 @@ def compile_kernel(name: str, **defines: int) -> Path:
     flags = ["-m32", "-nostdlib", "-static", "-no-pie", layout]
     flags += [f"-D{key}={value}" for key, value in defines.items()]
     target = "-".join([name, *(f"{value:x}" for value in defines.values())])
-    return _compile(GUESTS_DIR / "src" / f"{name}.S", BUILD_DIR / f"{target}.elf", flags)
+    return _compile(
+        GUESTS_DIR / "src" / f"{name}.S", BUILD_DIR / f"{target}.elf", flags
+    )
 
 
 def _compile(

@@ -92,13 +92,17 @@ class Console:
             raise self._failure(f"{command!r} ended with status {match[2]}")
         return re.sub(r"\r+\n", "\n", match[1])
 
+    def ended_within(self, seconds: float) -> bool:
+        """Read until the program ends, or for that long; whether it has ended."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self._read(0.1)
+        return self.process.poll() is not None
+
     def wait(self, timeout: float) -> int:
         """Read until the program ends; its exit status."""
-        deadline = time.monotonic() + timeout
-        while self.process.poll() is None:
-            self._read(0.1)
-            if time.monotonic() > deadline:
-                raise self._failure(f"still running after {timeout:.0f} s")
+        if not self.ended_within(timeout):
+            raise self._failure(f"still running after {timeout:.0f} s")
         while self._read(0):
             pass
         return self.process.returncode
