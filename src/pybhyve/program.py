@@ -21,12 +21,14 @@ def run_program(
     main: Callable[[Sequence[str]], int],
     argv: Sequence[str] | None,
     usage: str,
+    failure: int = BhyveError.status,
 ) -> int:
     """Run a program's ``main`` and report what it raises; the exit status.
 
     Every error is one line, ``name: message: cause``, on standard error; with
     PYBHYVE_TRACEBACK=1 in the environment its traceback comes first.  A UsageError
-    brings the usage text.
+    brings the usage text.  ``failure`` is the status of errors that have none of
+    their own: bhyve's 4 is not every program's.
     """
     # As any other program: Ctrl-C ends it, without a traceback.
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -41,7 +43,7 @@ def run_program(
     except BrokenPipeError:
         # Who read our output has left; what is buffered has nowhere to go either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BhyveError.status
+        return failure
     except BhyveError as error:
         _report(name, error)
         if isinstance(error, UsageError):
@@ -49,10 +51,10 @@ def run_program(
         if isinstance(error, GuestAbortError):
             sys.stdout.flush()
             signal.raise_signal(signal.SIGABRT)
-        return error.status
+        return failure if error.status == BhyveError.status else error.status
     except Exception as error:
         _report(f"{name}: internal error", error)
-        return BhyveError.status
+        return failure
     else:
         return status
     finally:

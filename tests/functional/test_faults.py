@@ -84,7 +84,7 @@ def test_bad_kernel(
     if program == "bhyve":
         line = refused(ERROR, "-m", "64M", "-o", f"kernel={kernel}", "fault")
     else:
-        line = refused(1, "-m", "64M", str(kernel), "fault", program=program)
+        line = refused(1, "-m", "64M", "-k", str(kernel), "fault", program=program)
 
     assert str(kernel) in line
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -27,13 +26,13 @@ from pybhyve.bhyvectl.options import (
 )
 from pybhyve.bhyvectl.targets import StoppedVm, Target, destroy, open_target
 from pybhyve.control.protocol import ControlError
-from pybhyve.errors import BhyveError, UsageError, VmError, one_line
+from pybhyve.errors import VmError, one_line
+from pybhyve.program import run_program
 from pybhyve.vmmapi import CAPABILITIES, MB, SuspendHow, VmCtx
 
 EXIT_FAILURE: Final = 1
-EXIT_INTERRUPTED: Final = 130
 MEMORY_UNIT: Final = 2 * MB
-ERRNO_MAX: Final = 255  # as an exit status
+STATUS_MAX: Final = 255
 
 
 class _Failed(Exception):  # noqa: N818  # not an error: the way out after one
@@ -147,8 +146,9 @@ class Session:
                 raise
         if not args.shown("getcap"):
             return
-        one = "getcap" in args and chosen is not None
-        for name in [chosen] if one and chosen is not None else CAPABILITIES:
+        # deviation: a name that is not known is answered, not taken for all names.
+        one = chosen if "getcap" in args else None
+        for name in CAPABILITIES if one is None else [one]:
             try:
                 current = self._call("get_capability", vcpu=cpu, name=name)
             except ControlError as error:
@@ -228,30 +228,20 @@ def perform(arguments: Arguments) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run bhyvectl; its exit status."""
-    try:
-        arguments = Arguments(sys.argv[1:] if argv is None else argv)
-    except UsageError as error:
-        print(f"bhyvectl: {one_line(error)}\n{usage()}", end="", file=sys.stderr)
-        return EXIT_FAILURE
+    return run_program("bhyvectl", _main, argv, usage(), EXIT_FAILURE)
+
+
+def _main(argv: Sequence[str]) -> int:
+    arguments = Arguments(argv)
     try:
         perform(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has what it wanted; Python would complain again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
     except _Failed as failure:
         print(f"errno = {failure.errno}")
         print(f"bhyvectl: {failure}", file=sys.stderr)
-        return min(failure.errno, ERRNO_MAX)
+        return min(failure.errno, STATUS_MAX)
     except VmError as error:
         reason = one_line(error)
         message = f"vm_open: {arguments.vm} could not be opened: {reason}"
         print(message, file=sys.stderr)
         return EXIT_FAILURE
-    except BhyveError as error:
-        print(f"bhyvectl: {one_line(error)}", file=sys.stderr)
-        return EXIT_FAILURE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     return 0

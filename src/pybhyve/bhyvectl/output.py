@@ -104,8 +104,7 @@ def capability(name: str, vcpu: int, value: int) -> str:
 
 def no_capability(name: str) -> str:
     """A capability that there is not."""
-    printable = name.encode("ascii", "backslashreplace").decode()
-    return f'Capability "{printable}" is not available'
+    return f'Capability "{name}" is not available'
 
 
 def rtc_time(secs: int) -> str:
@@ -145,6 +144,6 @@ def vm_exit(vcpu: int, rip: int, exit: tuple[Any, ...]) -> list[str]:
             f"\teax\t\t0x{value or 0:08x}",
         ]
     else:
-        # bhyve's names fewer exits, "*** unknown vm run exitcode" the others.
+        # deviation: bhyve's names four, and says that it does not know the rest.
         lines.append(f"\treason\t\t{EXIT_NAMES.get(code, code)}")
     return lines

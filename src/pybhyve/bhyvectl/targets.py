@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import threading
 import time
 from typing import Any, Final, Protocol
@@ -56,7 +57,7 @@ class StoppedVm:
         self._changed = True
 
     def run(self, vcpu: int) -> tuple[int, tuple[Any, ...]]:
-        """Run on a thread, so that an interrupt from the terminal ends it."""
+        """Run on a thread, so that an interrupt from the terminal can end it."""
         self.call("get_register", vcpu=vcpu, register="rip")  # is there such a vCPU?
         self._changed = True
         if vcpu not in self._ctx.vm.active_cpus():
@@ -64,12 +65,12 @@ class StoppedVm:
         cpu = self._ctx.vcpu(vcpu)
         exits: list[tuple[Any, ...]] = []
         thread = threading.Thread(target=lambda: exits.append(cpu.run()), daemon=True)
-        thread.start()
+        previous = signal.signal(signal.SIGINT, lambda *_: cpu.kick())
         try:
+            thread.start()
             thread.join()
-        except KeyboardInterrupt:
-            cpu.kick()
-            thread.join()
+        finally:
+            signal.signal(signal.SIGINT, previous)
         if not exits:
             raise ControlError(errno.EIO, "the vCPU cannot run")
         return cpu.get_register(REGISTERS["rip"]), exits[0]

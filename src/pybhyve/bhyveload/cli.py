@@ -6,7 +6,6 @@ import contextlib
 import getopt
 import os
 import stat
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +14,12 @@ from typing import Final
 from pybhyve.bhyveload.formats import make_plan
 from pybhyve.bhyveload.loader import apply
 from pybhyve.errors import (
-    BhyveError,
     NotAvailableError,
     OptionError,
     UsageError,
     VmExistsError,
-    one_line,
 )
+from pybhyve.program import run_program
 from pybhyve.vmmapi import LOWMEM_LIMIT, MB, VmCtx, parse_memsize
 
 USAGE: Final = """\
@@ -29,7 +27,6 @@ usage: bhyveload [-CS] [-a cmdline] [-c console] [-e name=value] [-i initrd]
                  [-m memsize[K|k|M|m|G|g|T|t]] -k kernel vmname
 """
 EXIT_FAILURE: Final = 1  # of everything but EX_USAGE, as in bhyve's bhyveload
-EXIT_INTERRUPTED: Final = 130
 
 USERBOOT: Final = {
     "-d": "a disk for a user boot loader",
@@ -105,7 +102,8 @@ def _check_console(path: str) -> None:
 def run(arguments: Arguments) -> None:
     """Make or reinitialise the VM and load it.  Raises BhyveError."""
     assert arguments.kernel is not None  # noqa: S101  # parse() has seen to it
-    # The plan comes first: a bad kernel leaves no VM behind, and an old one intact.
+    # deviation: the plan comes first, so that a bad kernel leaves no VM behind, and an
+    # old one as it was.
     low = min(arguments.memory, LOWMEM_LIMIT)
     plan, state = make_plan(
         arguments.kernel,
@@ -132,14 +130,9 @@ def run(arguments: Arguments) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run bhyveload; its exit status."""
-    try:
-        run(parse(sys.argv[1:] if argv is None else argv))
-    except UsageError as error:
-        print(f"bhyveload: {one_line(error)}\n{USAGE}", end="", file=sys.stderr)
-        return error.status
-    except BhyveError as error:
-        print(f"bhyveload: {one_line(error)}", file=sys.stderr)
-        return error.status if isinstance(error, OptionError) else EXIT_FAILURE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    return run_program("bhyveload", _main, argv, USAGE, EXIT_FAILURE)
+
+
+def _main(argv: Sequence[str]) -> int:
+    run(parse(argv))
     return 0

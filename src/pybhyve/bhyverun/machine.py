@@ -7,7 +7,7 @@ halt.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from enum import Enum
 from typing import Any, Final
 
@@ -39,23 +39,14 @@ class Machine:
     """All parts of one running VM."""
 
     def __init__(
-        self,
-        ctx: VmCtx,
-        config: Config,
-        options: GlobalOptions,
-        ncpu: int,
-        domains: Sequence[Collection[int]] = (),
+        self, ctx: VmCtx, config: Config, options: GlobalOptions, ncpu: int
     ) -> None:
-        """``ctx`` has its memory set up; ``options`` are the values of ``config``.
-
-        ``domains`` are the vCPUs of each NUMA domain, if the user wants any.
-        """
+        """``ctx`` has its memory set up; ``options`` are the values of ``config``."""
         self.ctx = ctx
         self.vm = ctx.vm
         self.config = config
         self.options = options
         self.ncpu = ncpu
-        self.domains = domains
         self.mevent = EventLoop()
         self.inout = InoutTable(strict=options.x86_strictio)
         self.mem = MemBus(ncpu)
@@ -162,14 +153,9 @@ class Machine:
         self.vcpus.resume()
 
     def reset(self) -> None:
-        """Everything as after power-on, RAM included; the machine is paused.
-
-        The BSP runs from its reset vector when the machine goes on.
-        """
+        """Everything as after power-on, RAM included; the machine is paused."""
         self._expect(Phase.PAUSED)
         self.vm.reinit()
-        self.vcpus.activate()
-        self.vm.resume_cpu(BSP)
         for device in self.devices.values():
             device.reset()
 

@@ -15,8 +15,6 @@ from typing import Final
 from pybhyve.amd64 import platform
 from pybhyve.amd64.xmsr import host_vendor
 from pybhyve.bhyveload import loader
-from pybhyve.bhyveload.formats import make_plan
-from pybhyve.bhyveload.plan import CpuState, LoadPlan
 from pybhyve.bhyverun import exitstatus, slots
 from pybhyve.bhyverun.cpuset import build_vcpumaps
 from pybhyve.bhyverun.machine import Machine
@@ -35,7 +33,6 @@ from pybhyve.pci import init_pci
 from pybhyve.program import set_log_level
 from pybhyve.variables import GlobalOptions
 from pybhyve.vmmapi import (
-    LOWMEM_LIMIT,
     VM_MAXCPU,
     SuspendHow,
     Vcpu,
@@ -71,24 +68,19 @@ def run_vm(config: Config) -> int:
         raise OptionError(f"invalid memsize '{options.memory_size}'") from error
     domains = calc_domains(options, topology.cpus, memsize)
     host_vendor()
-    # Before the VM is touched: a kernel that cannot be loaded leaves it as it was.
-    total = sum(domain.size for domain in domains) or memsize
-    image = plan_kernel(options, total)
 
     ctx, created = do_open(options, topology)
     try:
         init_vcpus(ctx, options, topology)
         ctx.setup_memory(memsize, [domain.size for domain in domains])
         set_memory_flags(ctx, options)
-        if image is not None:
-            loader.apply(ctx, *image)
-            image = None  # it may be large
-        vcpus = [domain.vcpus for domain in domains]
-        machine = Machine(ctx, config, options, topology.cpus, vcpus)
+        machine = Machine(ctx, config, options, topology.cpus)
         try:
             set_up(machine)
+            ctx.save_running()
             created = False  # from here on it stays, whatever happens
-            result = run(machine, affinity)
+            machine.start(affinity)
+            result = machine.run()
         finally:
             machine.halt()
         return finish(ctx, options, result)
@@ -98,23 +90,10 @@ def run_vm(config: Config) -> int:
         ctx.close()
 
 
-def run(machine: Machine, affinity: dict[int, frozenset[int]]) -> SuspendHow | int:
-    """Run until the end, and leave memory and registers for bhyvectl to look at."""
-    how = SuspendHow.NONE
-    machine.ctx.save_running()
-    try:
-        machine.start(affinity)
-        result = machine.run()
-        if isinstance(result, SuspendHow):
-            how = result
-    finally:
-        machine.halt()
-        machine.ctx.save_ended(how)
-    return result
-
-
 def set_up(machine: Machine) -> None:
-    """Put devices and tables into the machine, and listen to bhyvectl."""
+    """Put memory contents, buses, devices and tables into the machine."""
+    if machine.options.kernel is not None:
+        load_kernel(machine.ctx, machine.options)
     platform.init_platform(machine)
     init_pci(machine)
     platform.late_init(machine)
@@ -202,16 +181,13 @@ def set_memory_flags(ctx: VmCtx, options: GlobalOptions) -> None:
             raise HostError("memory.guest_in_core: cannot be had") from error
 
 
-def plan_kernel(
-    options: GlobalOptions, memsize: int
-) -> tuple[LoadPlan, CpuState] | None:
-    """``kernel``, ``initrd`` and ``cmdline`` as bhyveload has them; None: no kernel."""
-    if options.kernel is None:
-        return None
-    lowmem = min(memsize, LOWMEM_LIMIT)
-    initrd = None if options.initrd is None else Path(options.initrd)
-    return make_plan(
-        Path(options.kernel), initrd, options.cmdline, [], lowmem, memsize - lowmem
+def load_kernel(ctx: VmCtx, options: GlobalOptions) -> None:
+    """``kernel``, ``initrd`` and ``cmdline``, as bhyveload loads them."""
+    loader.load(
+        ctx,
+        Path(options.kernel or ""),
+        None if options.initrd is None else Path(options.initrd),
+        options.cmdline,
     )
 
 
@@ -226,6 +202,8 @@ def finish(ctx: VmCtx, options: GlobalOptions, result: SuspendHow | int) -> int:
         return result
     if result is SuspendHow.POWEROFF and options.destroy_on_poweroff:
         ctx.destroy()
+    else:
+        ctx.save_ended(result)
     return exitstatus.of_suspend(result)
 
 

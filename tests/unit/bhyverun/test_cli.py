@@ -162,9 +162,10 @@ def test_what_an_option_sets(argv, dump):
         (["-f", "a,string=x", "vm"], 4, "is not available in this version"),
         (["-l", "bootrom,x,fwcfg=qemu", "vm"], 4, "is not available in this version"),
         (["-o", "kernel=/nonexistent", "vm"], 4, "/nonexistent"),
-        (["-c", "255", "vm"], 4, "255 vCPUs requested but only 254 available"),
-        (["a/b"], 4, "'a/b' is not a VM name"),
-        (["x" * 230], 4, "the VM name is 230 bytes long"),
+        (["-c", "255", "-o", "kernel=/x", "vm"], 4, "255 vCPUs requested but only 254"),
+        (["-o", "kernel=/x", "a/b"], 4, "'a/b' is not a VM name"),
+        (["-o", "kernel=/x", "x" * 230], 4, "the VM name is 230 bytes long"),
+        (["-m", "900T", "-o", "kernel=/x", "vm"], 4, "memory.size 900T does not fit"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
@@ -249,6 +250,12 @@ def test_every_flag_sets_a_declared_variable():
     declared = {row.name for row in GlobalOptions.describe()}
 
     assert {flag.variable for flag in FLAGS} - {""} <= declared
+
+
+def test_a_failed_start_leaves_no_vm(rundir, capfd):
+    assert main(["-o", "kernel=/nonexistent", "vm"]) == 4
+
+    assert list(rundir.iterdir()) == []
 
 
 def test_traceback_on_request(capfd, monkeypatch):
