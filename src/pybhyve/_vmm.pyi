@@ -5,7 +5,9 @@ thread.  Methods that wait (``run``, and register access to a running vCPU) rele
 the interpreter lock.
 """
 
-from typing import Any, Final, final
+from typing import Any, Final, Self, final
+
+from typing_extensions import Buffer
 
 __version__: Final[str]
 
@@ -34,7 +36,7 @@ EXIT_MTRAP: Final = 6  # (EXIT_MTRAP,) one instruction done
 EXIT_PAUSE: Final = 7  # (EXIT_PAUSE,)
 EXIT_INST_EMUL: Final = 9  # (EXIT_INST_EMUL, gpa, size, value) MMIO write; value None: read, answer with complete()
 EXIT_IOAPIC_EOI: Final = 13  # (EXIT_IOAPIC_EOI, vector)
-EXIT_SUSPENDED: Final = 14  # (EXIT_SUSPENDED, how)
+EXIT_SUSPENDED: Final = 14  # (EXIT_SUSPENDED, how) once every active vCPU's run() has noticed
 EXIT_DEBUG: Final = (
     21  # (EXIT_DEBUG,) the vCPU is suspended: run() comes back at once or after resume
 )
@@ -50,15 +52,16 @@ CAPABILITIES: Final[tuple[str, ...]]
 REGISTERS: Final[dict[str, int]]
 
 @final
-class MemView:
+class MemView(Buffer):
     """A window on guest memory; supports the buffer protocol and keeps the memory alive.
 
-    Pages of a writable window are marked dirty, and translated code on them is dropped,
-    when the last buffer taken from it is released.
+    It shows a piece of a segment and goes on showing that when the segment is mapped
+    elsewhere or nowhere.  Pages of a writable window are marked dirty, and translated
+    code on them is dropped, when the last buffer taken from it is released: hold one for
+    an access, not for good.
     """
 
     def __len__(self) -> int: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
 class Vcpu:
@@ -67,7 +70,10 @@ class Vcpu:
     @property
     def id(self) -> int: ...
     def run(self) -> tuple[Any, ...]:
-        """Run the guest until userland must act; one of the EXIT_* tuples."""
+        """Run the guest until userland must act; one of the EXIT_* tuples.
+
+        VmmError EINVAL while the vCPU is not active, EBUSY while another thread runs it.
+        """
 
     def complete(self, value: int) -> None:
         """Give the value of the IN, MMIO read or RDMSR that run() returned for.
@@ -115,11 +121,15 @@ class Vcpu:
 class Vm:
     """A virtual machine: memory, vCPUs and in-kernel devices."""
 
-    def __init__(self, maxcpus: int = 1) -> None: ...
+    def __new__(cls, maxcpus: int = 1) -> Self: ...
 
     # -- memory ----------------------------------------------------------------------
     def create_memseg(self, segid: int, name: str, length: int, fd: int = -1) -> None:
-        """A segment of ``length`` bytes (multiple of 4096) in file ``fd``, or in a new memfd."""
+        """A segment of ``length`` bytes (multiple of 4096) in file ``fd``, or in a new memfd.
+
+        System memory has no name.  VmmError EEXIST for a segment that is there already,
+        EINVAL where it has another length or the file is too short.
+        """
 
     def mmap_memseg(
         self, gpa: int, segid: int, offset: int, length: int, prot: int = 7
@@ -127,9 +137,13 @@ class Vm:
         """Map part of a segment into the guest; prot: 1 read, 2 write, 4 execute.
 
         A guest write to a mapping without write permission is an EXIT_INST_EMUL.
+        VmmError ENOENT without such a segment, EEXIST where something is mapped, EINVAL
+        for a range that is not whole pages or outside of the segment or of guest memory.
         """
 
-    def munmap_memseg(self, gpa: int, length: int) -> None: ...
+    def munmap_memseg(self, gpa: int, length: int) -> None:
+        """Undo an mmap_memseg with the same address and length; else VmmError EINVAL."""
+
     def memsegs(self) -> list[tuple[int, str, int]]: ...
     def memmap(self) -> list[tuple[int, int, int, int, int]]:
         """Mappings (gpa, segid, offset, length, prot), by rising gpa."""
@@ -137,12 +151,25 @@ class Vm:
     def read_mem(self, gpa: int, length: int) -> bytes:
         """VmmError EFAULT when any of the range is not RAM, ROM or devmem."""
 
-    def write_mem(self, gpa: int, data: bytes | bytearray | memoryview) -> None: ...
+    def write_mem(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Write RAM, and ROM as well; VmmError EFAULT, and nothing written, elsewhere."""
+
     def view(self, gpa: int, length: int, writable: bool = False) -> MemView:
         """VmmError EFAULT when the range is not inside one mapping."""
 
+    def view_memseg(
+        self, segid: int, offset: int, length: int, writable: bool = False
+    ) -> MemView:
+        """A window on a segment, mapped or not (a frame buffer behind a BAR).
+
+        VmmError ENOENT without such a segment, EINVAL beyond its end.
+        """
+
     def dirty_pages(self, gpa: int, length: int, clear: bool = False) -> bytes:
-        """One byte a page: 1 where guest or device wrote since the last clear."""
+        """One byte a page: 1 where guest or device wrote since the last clear.
+
+        VmmError EINVAL unless gpa and length are multiples of 4096.
+        """
 
     # -- vCPUs -----------------------------------------------------------------------
     @property

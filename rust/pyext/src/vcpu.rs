@@ -9,7 +9,7 @@ use vmm::caps::Caps;
 use vmm::error::Error;
 use vmm::exit::Exit;
 use vmm::regs::{Reg, SegDesc};
-use vmm::soft::Cpu;
+use vmm::vcpu::Frozen;
 
 use crate::error::{Result, invalid};
 
@@ -93,7 +93,11 @@ impl Vcpu {
     }
 
     /// Do something to the processor, held still; other Python threads run while it stops.
-    fn with_cpu<R: Send>(&self, py: Python<'_>, act: impl FnOnce(&mut Cpu) -> R + Send) -> R {
+    fn with_cpu<R: Send>(
+        &self,
+        py: Python<'_>,
+        act: impl FnOnce(&mut Frozen<'_>) -> R + Send,
+    ) -> R {
         match self.vcpu.try_freeze() {
             Some(mut cpu) => act(&mut cpu),
             None => py.detach(|| self.vcpu.with_cpu(act)),
@@ -127,12 +131,12 @@ impl Vcpu {
 
     fn get_register(&self, py: Python<'_>, reg: u32) -> Result<u64> {
         let reg = register(reg)?;
-        Ok(self.with_cpu(py, |cpu| cpu.get_reg(reg)))
+        Ok(self.with_cpu(py, |cpu| cpu.get_register(reg)))
     }
 
     fn set_register(&self, py: Python<'_>, reg: u32, value: u64) -> Result<()> {
         let reg = register(reg)?;
-        self.with_cpu(py, |cpu| cpu.set_reg(reg, value));
+        self.with_cpu(py, |cpu| cpu.set_register(&self.vm, reg, value));
         Ok(())
     }
 
@@ -198,7 +202,7 @@ impl Vcpu {
 
     #[pyo3(signature = (gla, prot = 1))]
     fn gla2gpa(&self, py: Python<'_>, gla: u64, prot: u32) -> Option<u64> {
-        self.with_cpu(py, |cpu| cpu.gla2gpa(&self.vm, gla, prot))
+        self.with_cpu(py, |cpu| cpu.translate(&self.vm, gla, prot))
     }
 
     fn get_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {

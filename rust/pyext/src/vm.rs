@@ -23,7 +23,7 @@ pub struct Vm {
 impl Vm {
     fn pin(&self, pin: u32) -> Result<u8> {
         let pins = self.vm.ioapic.pincount();
-        let valid = u8::try_from(pin).ok().filter(|pin| usize::from(*pin) < pins);
+        let valid = u8::try_from(pin).ok().filter(|_| pin < pins);
         valid.ok_or_else(|| invalid(format!("the IOAPIC has no pin {pin}, only 0 to {}", pins - 1)))
     }
 
@@ -59,7 +59,10 @@ impl Vm {
 
     // -- memory --------------------------------------------------------------------------------
 
-    #[pyo3(signature = (segid, name, length, fd = -1))]
+    #[pyo3(
+        signature = (segid, name, length, fd = -1),
+        text_signature = "($self, segid, name, length, fd=-1)"
+    )]
     fn create_memseg(&self, segid: i32, name: &str, length: u64, fd: i32) -> Result<()> {
         // SAFETY: the caller's descriptor stays open for the call, which duplicates it; a number
         // that is no descriptor fails with EBADF.
@@ -250,7 +253,7 @@ impl Vm {
         Ok(())
     }
 
-    fn ioapic_pincount(&self) -> usize {
+    fn ioapic_pincount(&self) -> u32 {
         self.vm.ioapic.pincount()
     }
 

@@ -18,7 +18,9 @@ use crate::error::{Error, Result};
 use crate::events::{self, Events};
 use crate::exit::Exit;
 use crate::io::vlapic::Vlapic;
+use crate::memory::PROT_WRITE;
 use crate::platform::DeliveryMode;
+use crate::regs::Reg;
 use crate::soft::{Cpu, CpuConfig, CpuState};
 use crate::stats::Stats;
 use crate::vm::Vm;
@@ -128,6 +130,36 @@ pub struct Frozen<'a> {
     // Declared, so dropped, before the hold: the vCPU must find the lock free when it thaws.
     cpu: MutexGuard<'a, Box<Cpu>>,
     _hold: Option<Hold<'a>>,
+    vcpu: &'a Vcpu,
+}
+
+impl Frozen<'_> {
+    /// VM_REG_*; the task priority (TPR) is the local APIC's, as CR8 shows it.
+    pub fn get_register(&self, reg: Reg) -> u64 {
+        if reg == Reg::Tpr { self.vcpu.lapic.cr8().into() } else { self.cpu.get_reg(reg) }
+    }
+
+    pub fn set_register(&mut self, vm: &Vm, reg: Reg, value: u64) {
+        if reg == Reg::Tpr {
+            self.vcpu.lapic.set_cr8(vm, value as u8 & 0xf);
+        } else {
+            self.cpu.set_reg(reg, value);
+        }
+    }
+
+    /// Walk the guest's page tables as supervisor; `None` where nothing is mapped, or not with
+    /// the permission `prot` (PROT_*).
+    pub fn translate(&mut self, vm: &Vm, gla: u64, prot: u32) -> Option<u64> {
+        self.cpu.attach(vm, self.vcpu);
+        self.cpu.gla2gpa(gla, prot & PROT_WRITE != 0)
+    }
+
+    /// Put another processor in place of this one.
+    fn replace(&mut self, cpu: Box<Cpu>) {
+        // The old one's blocks are registered with the VM.
+        self.cpu.drop_blocks();
+        *self.cpu = cpu;
+    }
 }
 
 impl Deref for Frozen<'_> {
@@ -301,7 +333,7 @@ impl Vcpu {
     /// Hold the processor still.  The caller must not be inside `run` of any vCPU.
     pub fn freeze(&self) -> Frozen<'_> {
         let hold = Hold::new(self);
-        Frozen { cpu: lock(&self.cpu), _hold: Some(hold) }
+        Frozen { cpu: lock(&self.cpu), _hold: Some(hold), vcpu: self }
     }
 
     /// `freeze`, if that needs no waiting: the vCPU is not in the guest.
@@ -311,11 +343,11 @@ impl Vcpu {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return None,
         };
-        Some(Frozen { cpu, _hold: None })
+        Some(Frozen { cpu, _hold: None, vcpu: self })
     }
 
     /// Do something to the processor; a running vCPU pauses for as long as it takes.
-    pub fn with_cpu<R>(&self, act: impl FnOnce(&mut Cpu) -> R) -> R {
+    pub fn with_cpu<R>(&self, act: impl FnOnce(&mut Frozen<'_>) -> R) -> R {
         act(&mut self.freeze())
     }
 
@@ -370,7 +402,7 @@ impl Vcpu {
         let state = frozen.save();
         let mut cpu = Cpu::new(self.id, config);
         cpu.restore(state).map_err(Error::Invalid)?;
-        *frozen.cpu = cpu;
+        frozen.replace(cpu);
         Ok(())
     }
 
@@ -467,7 +499,7 @@ impl Vcpu {
         let mut frozen = self.freeze();
         let mut cpu = Cpu::new(self.id, &config);
         cpu.restore(state.cpu).map_err(Error::Invalid)?;
-        *frozen.cpu = cpu;
+        frozen.replace(cpu);
         self.caps.store(state.caps | Caps::FIXED.bits(), Ordering::Relaxed);
         self.life.started.store(state.started, Ordering::Relaxed);
         self.life.halted.store(state.halted, Ordering::Relaxed);

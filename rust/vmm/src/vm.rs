@@ -519,13 +519,13 @@ impl Vm {
     /// # Errors
     /// `Invalid` for an offset beyond 127.
     pub fn rtc_read(&self, offset: u32) -> Result<u8> {
-        self.rtc.nvram_read(self, rtc_offset(offset)?).map_err(|NotDecoded| rtc_refuses(offset))
+        self.rtc.nvram_read(self, rtc_cell(offset)?).map_err(|NotDecoded| rtc_refuses(offset))
     }
 
     /// # Errors
     /// `Invalid` for an offset that holds time or control, or lies beyond 127.
     pub fn rtc_write(&self, offset: u32, value: u8) -> Result<()> {
-        let written = self.rtc.nvram_write(self, rtc_offset(offset)?, value);
+        let written = self.rtc.nvram_write(self, rtc_cell(offset)?, value);
         written.map_err(|NotDecoded| rtc_refuses(offset))
     }
 
@@ -597,7 +597,7 @@ fn config(topology: Topology, ncpu: u32, x2apic: bool) -> CpuConfig {
     }
 }
 
-fn rtc_offset(offset: u32) -> Result<u8> {
+fn rtc_cell(offset: u32) -> Result<u8> {
     u8::try_from(offset).map_err(|_| rtc_refuses(offset))
 }
 

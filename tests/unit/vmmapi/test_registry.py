@@ -197,7 +197,7 @@ def test_memory_of_another_size_is_refused():
 
 def test_memory_that_does_not_fit_leaves_nothing():
     with VmDir.create("vm") as vm:
-        with pytest.raises(MemorySizeError, match=r"memory\.size 900T does not fit: /"):
+        with pytest.raises(MemorySizeError, match="memory.size 900T does not fit: /"):
             vm.open_memory("sysmem", 900 << 40)
 
         assert not vm.has_memory()

@@ -28,11 +28,7 @@ enum Why {
 impl Cpu {
     /// Run the guest.  None: one of `events::RETURN` wants attention.
     pub fn run(&mut self, vm: &Vm, vcpu: &Vcpu) -> Option<Exit> {
-        self.vm = vm;
-        self.vcpu = vcpu;
-        self.mem_base = vm.mem.base();
-        self.mem_flags = vm.mem.page_flag_word(0);
-        self.mem_pages = vm.mem.span() >> 12;
+        self.attach(vm, vcpu);
         if let Some(mut r) = self.asked.take() {
             if let Some(v) = self.answer.take() {
                 r.value = v;
@@ -52,6 +48,15 @@ impl Cpu {
             s.exits.inc();
         }
         exit
+    }
+
+    /// Whose processor this is, for as long as the caller holds them; it never changes.
+    pub(crate) fn attach(&mut self, vm: &Vm, vcpu: &Vcpu) {
+        self.vm = vm;
+        self.vcpu = vcpu;
+        self.mem_base = vm.mem.base();
+        self.mem_flags = vm.mem.page_flag_word(0);
+        self.mem_pages = vm.mem.span() >> 12;
     }
 
     fn execute(&mut self) -> Option<Exit> {

@@ -128,8 +128,9 @@ impl Cpu {
     }
 
     /// This vCPU has no blocks left in these pages; where nobody has, writes are fast again.
-    /// Only between blocks.
+    /// Only between blocks; also from outside of `run`, with the vCPU frozen.
     pub(super) fn release_code_pages(&mut self, gone: impl IntoIterator<Item = u64>) {
+        let inside = self.vcpu().in_guest.load(Ordering::SeqCst);
         self.begin_exclusive();
         let vm = self.vm();
         let mut pages = vm.exclusive.pages.lock().unwrap_or_else(PoisonError::into_inner);
@@ -144,5 +145,6 @@ impl Cpu {
         }
         drop(pages);
         self.end_exclusive();
+        self.vcpu().in_guest.store(inside, Ordering::SeqCst);
     }
 }
