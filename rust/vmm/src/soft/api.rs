@@ -456,9 +456,6 @@ impl Cpu {
         if s.cpl > 3 || s.mxcsr & !0xFFFF != 0 || s.xcr0 & !7 != 0 || s.xcr0 & 1 == 0 {
             return Err("processor state holds impossible values (CPL, MXCSR or XCR0)".into());
         }
-        if [s.injected].iter().flatten().any(|e| e.vector > 31) {
-            return Err("processor state injects an exception vector above 31".into());
-        }
         self.r[..16].copy_from_slice(&s.gpr);
         self.rip = s.rip;
         (self.cr0, self.cr2, self.cr3, self.cr4) = (s.cr0, s.cr2, s.cr3, s.cr4);

@@ -7,7 +7,7 @@ use super::native;
 use super::op::*;
 use super::state::*;
 use super::sys;
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Register};
+use iced_x86::{Code, Decoder, DecoderError, Instruction, Register};
 use std::any::Any;
 use std::cell::Cell;
 use std::ptr;
@@ -318,13 +318,10 @@ fn next_page(lin: u64) -> u64 {
 
 /// Err: not an instruction (its length is still that of the bytes looked at), or cut off.
 fn decode_one(bits: u32, bytes: &[u8], ip: u64) -> Result<Instruction, Instruction> {
-    let mut d = Decoder::with_ip(bits, bytes, ip, OPTIONS);
+    let mut d = Decoder::with_ip(bits, bytes, ip, super::cpuid::decoder_options());
     let i = d.decode();
     if d.last_error() == DecoderError::None && i.code() != Code::INVALID { Ok(i) } else { Err(i) }
 }
-
-/// Obsolete encodings that no processor of the last 20 years has are not decoded.
-const OPTIONS: u32 = DecoderOptions::NONE;
 
 /// Is it an instruction but for having too many prefixes?
 fn over_long(bits: u32, bytes: &[u8]) -> bool {

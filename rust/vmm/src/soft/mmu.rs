@@ -375,7 +375,7 @@ impl Cpu {
         }
     }
 
-    fn read_pte(&self, gpa: u64, wide: bool) -> u64 {
+    pub(super) fn read_pte(&self, gpa: u64, wide: bool) -> u64 {
         match self.pte_word(gpa) {
             None if wide => u64::MAX,
             None => 0xFFFF_FFFF,

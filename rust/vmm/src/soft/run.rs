@@ -2,7 +2,7 @@
 
 use super::block::Block;
 use super::decode::Next;
-use super::excp::{Event, Triple};
+use super::excp::{Kind, Undelivered};
 use super::op::*;
 use super::state::*;
 use crate::caps::Caps;
@@ -71,9 +71,17 @@ impl Cpu {
             if !self.cache.emptied.is_empty() {
                 self.tidy();
             }
-            if self.deliver_pending().is_err() {
-                self.triple_fault();
-                return None;
+            match self.deliver_pending() {
+                Ok(()) => {}
+                Err(Undelivered::Exit) => {
+                    if let Why::Exit(e) = self.stop(Stop::Exit) {
+                        return Some(e);
+                    }
+                }
+                Err(Undelivered::TripleFault) => {
+                    self.triple_fault();
+                    return None;
+                }
             }
             if self.halted || self.wait_sipi {
                 self.sleep();
@@ -129,11 +137,14 @@ impl Cpu {
 
     /// Deliver what waits for an instruction boundary: an injected event, an NMI, an interrupt.
     #[inline]
-    fn deliver_pending(&mut self) -> Result<(), Triple> {
+    fn deliver_pending(&mut self) -> Result<(), Undelivered> {
         if let Some(e) = self.injected.take() {
-            self.replay_done();
+            // A delivery that went out to userland goes on with the answers it has had.
+            self.replay_pos = 0;
             self.exc = e;
-            return self.deliver();
+            self.deliver()?;
+            self.replay_done();
+            return Ok(());
         }
         // An instruction that userland has half done finishes first.
         if !self.intr && !self.nmi_pending || !self.replay.is_empty() || self.shadow {
@@ -146,7 +157,7 @@ impl Cpu {
             self.nmi_pending = false;
             self.halted = false;
             self.vcpu().stats.nmi.inc();
-            return self.deliver_interrupt(vec::NMI, Event::Nmi);
+            return self.deliver_interrupt(vec::NMI, Kind::Nmi);
         }
         if self.intr && self.rflags & fl::IF != 0 {
             if self.vcpu().has_cap(Caps::MASK_HWINTR) {
@@ -159,7 +170,7 @@ impl Cpu {
                 self.vcpu().lapic.intr_accepted(vm, v);
                 self.halted = false;
                 self.vcpu().stats.intr.inc();
-                return self.deliver_interrupt(v, Event::External);
+                return self.deliver_interrupt(v, Kind::External);
             }
             if self.vcpu().lapic.accepts_extint()
                 && let Some(v) = vm.pic.pending_intr()
@@ -167,7 +178,7 @@ impl Cpu {
                 vm.pic.intr_accepted(vm, v);
                 self.halted = false;
                 self.vcpu().stats.extint.inc();
-                return self.deliver_interrupt(v, Event::External);
+                return self.deliver_interrupt(v, Kind::External);
             }
             self.intr = false;
         }
@@ -361,11 +372,14 @@ impl Cpu {
             Stop::Exception => {
                 self.replay_done();
                 self.vcpu().stats.exceptions.inc();
-                if self.deliver().is_err() {
-                    self.triple_fault();
-                    return Why::Ended;
+                match self.deliver() {
+                    Ok(()) => Why::Look,
+                    Err(Undelivered::Exit) => self.stop(Stop::Exit),
+                    Err(Undelivered::TripleFault) => {
+                        self.triple_fault();
+                        Why::Ended
+                    }
                 }
-                Why::Look
             }
         }
     }
@@ -373,10 +387,7 @@ impl Cpu {
     fn count_exit(&self, e: &Exit) {
         let s = &self.vcpu().stats;
         match e {
-            Exit::Inout { .. } => s.inout.inc(),
             Exit::Mmio { .. } => s.mmio.inc(),
-            Exit::Rdmsr { .. } => s.rdmsr.inc(),
-            Exit::Wrmsr { .. } => s.wrmsr.inc(),
             _ => {}
         }
     }
