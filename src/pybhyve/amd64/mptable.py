@@ -24,7 +24,7 @@ OEM_ID: Final = b"BHyVe   "
 PRODUCT_ID: Final = b"Hypervisor  "
 
 LAPIC_VERSION: Final = 0x10
-CPU_FAMILY_MODEL: Final = 6 << 8 | 26 << 4 | 5  # family 6 model 26 stepping 5
+CPU_SIGNATURE: Final = 0x6A5  # family 6 model 26 stepping 5, in the bits there are
 CPU_FEATURES: Final = 0xBFEBFBFF
 CPU_ENABLED: Final = 1
 CPU_BSP: Final = 2
@@ -103,7 +103,7 @@ def build_mptable(ncpu: int, host: PciHost, base: int = MPTABLE_BASE) -> bytes:
 def _processor(cpu: int) -> bytes:
     flags = CPU_ENABLED | (CPU_BSP if cpu == 0 else 0)
     return struct.pack(
-        "<BBBBII8x", 0, cpu & 0xFF, LAPIC_VERSION, flags, CPU_FAMILY_MODEL, CPU_FEATURES
+        "<BBBBII8x", 0, cpu & 0xFF, LAPIC_VERSION, flags, CPU_SIGNATURE, CPU_FEATURES
     )
 
 

@@ -7,7 +7,7 @@ halt.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from typing import Any, Final
 
@@ -39,14 +39,23 @@ class Machine:
     """All parts of one running VM."""
 
     def __init__(
-        self, ctx: VmCtx, config: Config, options: GlobalOptions, ncpu: int
+        self,
+        ctx: VmCtx,
+        config: Config,
+        options: GlobalOptions,
+        ncpu: int,
+        domains: Sequence[Collection[int]] = (),
     ) -> None:
-        """``ctx`` has its memory set up; ``options`` are the values of ``config``."""
+        """``ctx`` has its memory set up; ``options`` are the values of ``config``.
+
+        ``domains`` are the vCPUs of each NUMA domain, if the user wants any.
+        """
         self.ctx = ctx
         self.vm = ctx.vm
         self.config = config
         self.options = options
         self.ncpu = ncpu
+        self.domains = domains
         self.mevent = EventLoop()
         self.inout = InoutTable(strict=options.x86_strictio)
         self.mem = MemBus(ncpu)
@@ -153,9 +162,14 @@ class Machine:
         self.vcpus.resume()
 
     def reset(self) -> None:
-        """Everything as after power-on, RAM included; the machine is paused."""
+        """Everything as after power-on, RAM included; the machine is paused.
+
+        The BSP runs from its reset vector when the machine goes on.
+        """
         self._expect(Phase.PAUSED)
         self.vm.reinit()
+        self.vcpus.activate()
+        self.vm.resume_cpu(BSP)
         for device in self.devices.values():
             device.reset()
 

@@ -138,7 +138,7 @@ def _numa_items(text: str) -> list[str]:
 
 
 def calc_domains(options: GlobalOptions, ncpu: int, memsize: int) -> list[Domain]:
-    """The NUMA domains of ``ncpu`` vCPUs and ``memsize`` bytes; one if none is given.
+    """The NUMA domains, if any, of ``ncpu`` vCPUs and ``memsize`` bytes.
 
     Domains count from 0 on without a gap; others are ignored.  Raises BhyveError.
     """
@@ -146,7 +146,7 @@ def calc_domains(options: GlobalOptions, ncpu: int, memsize: int) -> list[Domain
     while count < DOMAINS_MAX and count in options.domains:
         count += 1
     if not count:
-        return [Domain(memsize, frozenset(range(ncpu)))]
+        return []
     if not options.acpi_tables:
         raise BhyveError("NUMA emulation requires ACPI")
     sizes: list[int | None] = []
@@ -156,6 +156,8 @@ def calc_domains(options: GlobalOptions, ncpu: int, memsize: int) -> list[Domain
         if domain.cpus is None:
             raise BhyveError(f"Missing CPU set for domain {index}")
         vcpus.append(parse_cpuset(domain.cpus, f"domain {index}"))
+        if missing := [vcpu for vcpu in sorted(vcpus[-1]) if vcpu >= ncpu]:
+            raise BhyveError(f"domain {index}: there is no vCPU {missing[0]}")
         sizes.append(_domain_size(index, domain.size))
         if domain.domain_policy is not None:
             _check_policy(domain.domain_policy)

@@ -59,10 +59,15 @@ class VcpuThreads:
 
     def start(self) -> None:
         """Activate all vCPUs, suspended, and start their threads."""
-        for index, thread in enumerate(self._threads):
+        self.activate()
+        for thread in self._threads:
+            thread.start()
+
+    def activate(self) -> None:
+        """Have all vCPUs of a VM as newly created wait for their start."""
+        for index in range(len(self._threads)):
             self._vm.activate_cpu(index)
             self._vm.suspend_cpu(index)
-            thread.start()
 
     def pause(self) -> None:
         """Bring all threads to rest: on return none runs the guest or is in a device.

@@ -354,8 +354,8 @@ class PciHost(Device):
         """``PCxx``, a host bridge for each bus."""
         for bus in sorted(self.buses.values(), key=lambda bus: bus.number):
             with aml.device(f"PC{bus.number:02X}"):
+                # deviation: bhyve gives it an _ADR too, which 6.1 forbids beside _HID.
                 aml.name("_HID", eisaid("PNP0A03"))
-                aml.name("_ADR", 0)
                 aml.name("_UID", bus.number)
                 aml.name("_BBN", bus.number)
                 aml.name("_CRS", template(*_windows(bus)))

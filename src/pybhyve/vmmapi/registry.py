@@ -100,6 +100,13 @@ def control_path(name: str) -> Path:
     return run_dir() / check_name(name) / "control"
 
 
+def _sweep(private: Path) -> None:
+    """Remove the memory of VMs whose directories were removed by hand."""
+    for owner in private.glob("*/owner"):
+        if not owner.exists():
+            shutil.rmtree(owner.parent, ignore_errors=True)
+
+
 class VmDir:
     """The directory of one VM, locked for this process while the object is open."""
 
@@ -242,12 +249,14 @@ class VmDir:
             return link
         private = SHM / f"pybhyve-{os.geteuid()}"
         _private_dir(private, "memory directory")
-        # Run directories are many, /dev/shm is one: the same name may be there twice.
+        _sweep(private)
         try:
-            directory = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=private))
+            # Run directories are many, this is one: the same name may be here twice.
+            directory = Path(tempfile.mkdtemp(prefix=f"{self.name[:64]}-", dir=private))
+            (directory / "owner").symlink_to(self.path.resolve())
+            link.symlink_to(directory)
         except OSError as error:
             raise VmError(f"cannot make a memory directory in {private}") from error
-        link.symlink_to(directory)
         return directory
 
     def has_memory(self) -> bool:

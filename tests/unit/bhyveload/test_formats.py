@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_images import (
+
+from pybhyve.bhyveload.formats import make_plan
+from pybhyve.bhyveload.plan import CpuState, LoadPlan
+from pybhyve.errors import ImageError, one_line
+from tests.unit.bhyveload.kernel_images import (
     MIB,
     bzimage,
     elf,
@@ -19,10 +23,6 @@ from kernel_images import (
     note,
     pvh_note,
 )
-
-from pybhyve.bhyveload.formats import make_plan
-from pybhyve.bhyveload.plan import CpuState, LoadPlan
-from pybhyve.errors import ImageError, one_line
 
 GIB = 1 << 30
 CODE = b"\xf4" * 64

@@ -76,8 +76,8 @@ def test_other_names_are_malformed(argument):
     assert failure.value.status == 64
 
 
-def test_without_domains_there_is_one():
-    assert calc_domains(options_of(), 2, GB) == [Domain(GB, frozenset({0, 1}))]
+def test_domains_are_only_there_if_asked_for():
+    assert calc_domains(options_of(), 2, GB) == []
 
 
 def test_domains_with_sizes():
@@ -117,6 +117,7 @@ def test_domains_count_from_0_without_a_gap():
         ("id=0,cpus=0,domain_policy=x", "failed to parse domain policy 'x'", 64),
         ("id=0,cpus=0,domain_policy=prefer", "failed to parse domain policy", 64),
         ("id=0,cpus=x", "invalid cpuset for domain 0: 'x'", 4),
+        ("id=0,cpus=0-1", "domain 0: there is no vCPU 1", 4),
     ],
 )
 def test_domains_that_cannot_be(argument, message, status):

@@ -32,7 +32,7 @@ def test_size(text, size):
     "text", ["", "0", "-1", "x", "M", "1.5G", "1 G", "1X", "0x", "16E", "1GG", "0M"]
 )
 def test_no_size(text):
-    with pytest.raises(ValueError, match="number|expected"):
+    with pytest.raises(ValueError, match=r"number|expected"):
         parse_memsize(text)
 
 

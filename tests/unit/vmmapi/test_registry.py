@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -197,7 +198,7 @@ def test_memory_of_another_size_is_refused():
 
 def test_memory_that_does_not_fit_leaves_nothing():
     with VmDir.create("vm") as vm:
-        with pytest.raises(MemorySizeError, match="memory.size 900T does not fit: /"):
+        with pytest.raises(MemorySizeError, match=r"memory\.size 900T does not fit: /"):
             vm.open_memory("sysmem", 900 << 40)
 
         assert not vm.has_memory()
@@ -215,6 +216,21 @@ def test_memory_that_was_lost_with_the_host_is_made_again():
         os.close(vm.open_memory("sysmem", MB))
 
         assert vm.has_memory()
+        vm.discard()
+
+
+def test_memory_of_a_vm_removed_by_hand_is_swept():
+    with VmDir.create("lost") as lost:
+        os.close(lost.open_memory("sysmem", MB))
+        memory = (lost.path / "memory").resolve()
+        shutil.rmtree(lost.path)
+
+    with VmDir.create("vm") as vm:
+        os.close(vm.open_memory("sysmem", MB))
+        kept = (vm.path / "memory").resolve()
+
+        assert not memory.exists()
+        assert (kept / "sysmem").exists()
         vm.discard()
 
 

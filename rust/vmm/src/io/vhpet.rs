@@ -388,10 +388,12 @@ impl Vhpet {
                 state.status &= !(1 << n);
             }
             timer.asserted = timer.asserted.filter(|&pin| pin < 32 && ROUTES & 1 << pin != 0);
-            // An expiry that is due but has not been noticed stays; others follow from the
-            // comparator.
+            // An expiry that is due but has not been noticed stays, and so does one that has just
+            // been; others follow from the comparator.
             let distance = timer.comparator.wrapping_sub(counter);
-            let due = timer.due.filter(|&due| due <= ticks);
+            let due = timer
+                .due
+                .filter(|&due| due <= ticks || distance == 0 && due - ticks == WRAP);
             timer.due = state.enabled.then(|| due.unwrap_or(ticks.saturating_add(distance.into())));
         }
         let mut inner = lock(&self.inner);
@@ -410,5 +412,349 @@ fn lane_shift(offset: u64, size: usize) -> Option<u64> {
         4 if offset & 3 == 0 => Some(8 * (offset & 4)),
         8 if offset & 7 == 0 => Some(0),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::testplat::{Event, TestPlatform};
+    use super::*;
+    use crate::platform::DeliveryMode;
+
+    const T0: u64 = TIMER0;
+    const T3: u64 = TIMER0 + 3 * TIMER_STEP;
+    /// Route to pin 24, interrupts enabled.
+    const ON_24: u64 = 24 << 9 | INTERRUPT_ENABLE;
+
+    fn read(p: &TestPlatform, hpet: &Vhpet, register: u64) -> u64 {
+        hpet.mmio_read(p, register, 8)
+    }
+
+    fn write(p: &TestPlatform, hpet: &Vhpet, register: u64, value: u64) {
+        hpet.mmio_write(p, register, 8, value);
+    }
+
+    /// Turn the clock to the first nanosecond of `tick`, running timer 0's callouts.
+    fn run_to(p: &TestPlatform, hpet: &Vhpet, tick: u64) {
+        p.run_until(ticks_to_ns(tick, HZ), Callout::Hpet(0), |p| hpet.callout(p, 0));
+    }
+
+    fn pulse(pin: u8) -> Event {
+        Event::Pulse(None, Some(pin))
+    }
+
+    #[test]
+    fn registers() {
+        let p = TestPlatform::new(1);
+        let hpet = Vhpet::new();
+        // Register, value after reset, after writing all ones.
+        let table = [
+            (CAPABILITIES, 0x038d_7ea4_8086_0701, 0x038d_7ea4_8086_0701),
+            (0x008, 0, 0),
+            (CONFIGURATION, 0, 1),
+            (INTERRUPT_STATUS, 0, 0),
+            (0x0e8, 0, 0),
+            (T0 + TIMER_CONFIGURATION, 0xff00_0000_0000_8010, 0xff00_0000_0000_fe5e),
+            (T0 + TIMER_FSB_ROUTE, 0, u64::MAX),
+            (T0 + 0x18, 0, 0),
+            (T3 + TIMER_COMPARATOR, 0xffff_ffff, 0xffff_ffff),
+            (TIMER0 + 8 * TIMER_STEP, 0, 0),
+            (0x3f8, 0, 0),
+            (u64::MAX & !7, 0, 0),
+        ];
+        for (register, reset, written) in table {
+            assert_eq!(read(&p, &hpet, register), reset, "{register:#x}");
+            write(&p, &hpet, register, u64::MAX);
+            assert_eq!(read(&p, &hpet, register), written, "{register:#x}");
+        }
+    }
+
+    #[test]
+    fn access_sizes() {
+        let p = TestPlatform::new(1);
+        let hpet = Vhpet::new();
+        for (offset, size, value) in [
+            (0, 4, 0x8086_0701),
+            (4, 4, 0x038d_7ea4),
+            (0, 8, 0x038d_7ea4_8086_0701),
+            (4, 8, 0),
+            (2, 4, 0),
+            (0, 2, 0),
+            (0, 1, 0),
+        ] {
+            assert_eq!(hpet.mmio_read(&p, offset, size), value, "{offset} {size}");
+        }
+        hpet.mmio_write(&p, T0 + 0x14, 4, 0xfee0_0000);
+        hpet.mmio_write(&p, T0 + 0x10, 4, 0x41);
+        assert_eq!(read(&p, &hpet, T0 + TIMER_FSB_ROUTE), 0xfee0_0000_0000_0041);
+        hpet.mmio_write(&p, T0 + TIMER_COMPARATOR, 4, 5);
+        hpet.mmio_write(&p, T0 + TIMER_COMPARATOR + 4, 4, 7);
+        assert_eq!(read(&p, &hpet, T0 + TIMER_COMPARATOR), 5);
+        hpet.mmio_write(&p, MAIN_COUNTER, 2, 9);
+        assert_eq!(read(&p, &hpet, MAIN_COUNTER), 0);
+    }
+
+    #[test]
+    fn counter_stops_and_goes_on() {
+        let p = TestPlatform::new(1);
+        let hpet = Vhpet::new();
+        write(&p, &hpet, MAIN_COUNTER, 0x1_ffff_fff0);
+        p.advance(1_000_000_000);
+        assert_eq!(read(&p, &hpet, MAIN_COUNTER), 0xffff_fff0);
+        write(&p, &hpet, CONFIGURATION, 1);
+        p.advance(1_000_000_000);
+        assert_eq!(read(&p, &hpet, MAIN_COUNTER), HZ - 16, "it is 32 bits wide");
+        write(&p, &hpet, CONFIGURATION, 0);
+        p.advance(1_000_000_000);
+        assert_eq!(read(&p, &hpet, MAIN_COUNTER), HZ - 16);
+        write(&p, &hpet, CONFIGURATION, 1);
+        p.advance(1_000_000_000);
+        assert_eq!(read(&p, &hpet, MAIN_COUNTER), 2 * HZ - 16);
+    }
+
+    #[test]
+    fn one_shot() {
+        let p = TestPlatform::new(1);
+        let hpet = Vhpet::new();
+        write(&p, &hpet, T0, ON_24);
+        write(&p, &hpet, T0 + TIMER_COMPARATOR, 1000);
+        assert_eq!(p.armed(Callout::Hpet(0)), None, "halted");
+        write(&p, &hpet, CONFIGURATION, 1);
+        assert_eq!(p.armed(Callout::Hpet(0)), Some(ticks_to_ns(1000, HZ)));
+        p.advance(ticks_to_ns(1000, HZ) - 1);
+        hpet.callout(&p, 0);
+        assert_eq!(p.take(), []);
+        run_to(&p, &hpet, HZ);
+        assert_eq!(p.take(), [pulse(24)]);
+        run_to(&p, &hpet, WRAP + 999);
+        assert_eq!(p.take(), []);
+        run_to(&p, &hpet, WRAP + 1000);
+        assert_eq!(p.take(), [pulse(24)], "the counter has come round");
+        write(&p, &hpet, T0 + TIMER_COMPARATOR, 1000);
+        run_to(&p, &hpet, WRAP + 2000);
+        assert_eq!(p.take(), [pulse(24)], "equal is now");
+        write(&p, &hpet, T0 + TIMER_COMPARATOR, 1999);
+        run_to(&p, &hpet, 2 * WRAP);
+        assert_eq!(p.take(), [], "what is behind waits for the counter to wrap");
+    }
+
+    /// As Linux programs it: the comparator with VAL_SET, then the period.
+    #[test]
+    fn periodic() {
+        let p = TestPlatform::new(1);
+        let hpet = Vhpet::new();
+        write(&p, &hpet, CONFIGURATION, 1);
+        run_to(&p, &hpet, 500);
+        write(&p, &hpet, T0, ON_24 | PERIODIC | VALUE_SET);
+        write(&p, &hpet, T0 + TIMER_COMPARATOR, 1500);
+        assert_eq!(read(&p, &hpet, T0) & VALUE_SET, 0);
+        write(&p, &hpet, T0 + TIMER_COMPARATOR, 1000);
+        assert_eq!(read(&p, &hpet, T0 + TIMER_COMPARATOR), 1500);
+        run_to(&p, &hpet, 1500);
+        assert_eq!(p.take(), [pulse(24)]);
+        assert_eq!(read(&p, &hpet, T0 + TIMER_COMPARATOR), 2500);
+        run_to(&p, &hpet, 10 * HZ);
+        assert_eq!(p.take().len() as u64, (10 * HZ - 1500) / 1000);
+    }
+
+    #[test]
+    fn fast_and_late_expiries_coalesce() {
+        let p = TestPlatform::new(1);
+        let hpet = Vhpet::new();
+        write(&p, &hpet, T0, ON_24 | PERIODIC | VALUE_SET);
+        write(&p, &hpet, T0 + TIMER_COMPARATOR, 1);
+        write(&p, &hpet, CONFIGURATION, 1);
+        run_to(&p, &hpet, HZ / 100);
+        let pulses = p.take().len();
+        assert!((400..=500).contains(&pulses), "{pulses} in 10 ms");
+        write(&p, &hpet, T0 + TIMER_COMPARATOR, 0);
+        p.advance(5_000_000_000);
+        hpet.callout(&p, 0);
+        let pulses = p.take().len();
+        assert!(pulses <= 2, "one that was due, and one without a period to repeat");
+    }
+
+    #[test]
+    fn level_interrupts() {
+        let p = TestPlatform::new(1);
+        let hpet = Vhpet::new();
+        let line = |pin, level| Event::Isa(None, Some(pin), level);
+        write(&p, &hpet, CONFIGURATION, 1);
+        write(&p, &hpet, T0, ON_24 | LEVEL | PERIODIC | VALUE_SET);
+        write(&p, &hpet, T0 + TIMER_COMPARATOR, 1000);
+        run_to(&p, &hpet, 2500);
+        assert_eq!(p.take(), [line(24, true)], "asserted until acknowledged");
+        assert_eq!(read(&p, &hpet, INTERRUPT_STATUS), 1);
+        write(&p, &hpet, INTERRUPT_STATUS, 0xfe);
+        assert_eq!(p.take(), []);
+        write(&p, &hpet, INTERRUPT_STATUS, 1);
+        assert_eq!(p.take(), [line(24, false)]);
+        run_to(&p, &hpet, 3000);
+        write(&p, &hpet, T0, 31 << 9 | INTERRUPT_ENABLE | LEVEL);
+        assert_eq!(p.take(), [line(24, true), line(24, false), line(31, true)]);
+        write(&p, &hpet, T0, 31 << 9 | LEVEL);
+        assert_eq!(p.take(), [line(31, false)]);
+        write(&p, &hpet, T0, 31 << 9 | INTERRUPT_ENABLE | LEVEL);
+        assert_eq!(p.take(), [line(31, true)]);
+        write(&p, &hpet, T0, 31 << 9 | INTERRUPT_ENABLE);
+        assert_eq!(p.take(), [line(31, false)]);
+        assert_eq!(read(&p, &hpet, INTERRUPT_STATUS), 0);
+        write(&p, &hpet, T0, ON_24 | LEVEL);
+        write(&p, &hpet, T0 + TIMER_COMPARATOR, 3000);
+        p.take();
+        run_to(&p, &hpet, 3001);
+        hpet.reset(&p);
+        assert_eq!(p.take(), [line(24, true), line(24, false)]);
+    }
+
+    #[test]
+    fn routes() {
+        let p = TestPlatform::new(1);
+        let hpet = Vhpet::new();
+        for route in 0..32 {
+            write(&p, &hpet, T3, route << 9);
+            let expected = if route >= 24 { route } else { 0 };
+            assert_eq!((read(&p, &hpet, T3) & ROUTE) >> 9, expected);
+        }
+        write(&p, &hpet, T0, 2 << 9 | INTERRUPT_ENABLE);
+        write(&p, &hpet, T0 + TIMER_COMPARATOR, 10);
+        write(&p, &hpet, CONFIGURATION, 1);
+        run_to(&p, &hpet, 100);
+        assert_eq!(p.take(), []);
+    }
+
+    #[test]
+    fn message_interrupts() {
+        let p = TestPlatform::new(1);
+        let hpet = Vhpet::new();
+        write(&p, &hpet, T0 + TIMER_FSB_ROUTE, 0xfee0_3004_0000_0141);
+        write(&p, &hpet, T0, ON_24 | FSB_ENABLE | LEVEL);
+        write(&p, &hpet, T0 + TIMER_COMPARATOR, 10);
+        write(&p, &hpet, CONFIGURATION, 1);
+        run_to(&p, &hpet, 100);
+        let message = Event::Message {
+            dest: 3,
+            x2: false,
+            logical: true,
+            mode: DeliveryMode::LowestPriority,
+            vector: 0x41,
+            level: false,
+        };
+        assert_eq!(p.take(), [message]);
+        assert_eq!(read(&p, &hpet, INTERRUPT_STATUS), 0);
+    }
+
+    #[test]
+    fn disabled_interrupt_is_silent_and_not_armed() {
+        let p = TestPlatform::new(1);
+        let hpet = Vhpet::new();
+        write(&p, &hpet, T0 + TIMER_COMPARATOR, 10);
+        write(&p, &hpet, CONFIGURATION, 1);
+        assert_eq!(p.armed(Callout::Hpet(0)), None);
+        p.advance(1_000_000);
+        write(&p, &hpet, T0, ON_24);
+        assert_eq!(p.take(), [], "what expired before is lost");
+        assert_eq!(p.armed(Callout::Hpet(0)), Some(ticks_to_ns(WRAP + 10, HZ)));
+        write(&p, &hpet, CONFIGURATION, 0);
+        assert_eq!(p.armed(Callout::Hpet(0)), None);
+    }
+
+    #[test]
+    fn restored_timers_go_on() {
+        let p = TestPlatform::new(1);
+        let hpet = Vhpet::new();
+        write(&p, &hpet, T0, ON_24 | LEVEL | PERIODIC | VALUE_SET);
+        write(&p, &hpet, T0 + TIMER_COMPARATOR, 1000);
+        write(&p, &hpet, CONFIGURATION, 1);
+        run_to(&p, &hpet, 1500);
+        let other = TestPlatform::new(1);
+        other.advance(p.now());
+        let copy = Vhpet::new();
+        let text = serde_json::to_string(&hpet.save()).unwrap();
+        copy.restore(&other, serde_json::from_str(&text).unwrap()).unwrap();
+        assert_eq!(copy.save(), hpet.save());
+        assert_eq!(other.take(), [], "the line is the IOAPIC's state, too");
+        assert_eq!(other.armed(Callout::Hpet(0)), Some(ticks_to_ns(2000, HZ)));
+        write(&other, &copy, INTERRUPT_STATUS, 1);
+        assert_eq!(other.take(), [Event::Isa(None, Some(24), false)]);
+    }
+
+    type Op = (u8, u64, usize, u64, u64);
+
+    fn ops() -> impl Strategy<Value = Vec<Op>> {
+        let register = prop_oneof![
+            3 => (0u64..0x80).prop_map(|n| n * 8),
+            1 => 0u64..0x400,
+            1 => any::<u64>(),
+        ];
+        let value = prop_oneof![any::<u64>(), 0u64..0x10000];
+        let size = prop::sample::select(vec![1usize, 4, 8]);
+        prop::collection::vec((0u8..4, register, size, value, 0u64..1 << 34), 1..80)
+    }
+
+    fn apply(p: &TestPlatform, hpet: &Vhpet, ops: &[Op]) {
+        for &(op, register, size, value, ns) in ops {
+            match op {
+                0 => drop(hpet.mmio_read(p, register, size)),
+                1 => hpet.callout(p, value as u8),
+                _ => hpet.mmio_write(p, register, size, value),
+            }
+            p.advance(ns);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_sequence_leaves_a_state_that_can_be_restored(ops in ops()) {
+            let p = TestPlatform::new(1);
+            let hpet = Vhpet::new();
+            apply(&p, &hpet, &ops);
+            // Lines are asserted and deasserted in turn.
+            let mut high = [false; 32];
+            for event in p.take() {
+                if let Event::Isa(None, Some(pin), level) = event {
+                    prop_assert_ne!(high[usize::from(pin)], level);
+                    high[usize::from(pin)] = level;
+                }
+            }
+            let copy = Vhpet::new();
+            copy.restore(&p, hpet.save()).unwrap();
+            prop_assert_eq!(copy.save(), hpet.save());
+        }
+
+        #[test]
+        fn hostile_states_are_tamed(
+            words in prop::collection::vec(any::<u64>(), 40),
+            asserted in any::<[Option<u8>; 8]>(),
+            due in any::<[Option<u64>; 8]>(),
+            now in any::<u64>(),
+            ops in ops(),
+        ) {
+            let p = TestPlatform::new(1);
+            p.advance(now >> 8);
+            let state = State {
+                version: State::VERSION,
+                enabled: words[0] & 1 != 0,
+                status: words[1] as u32,
+                counter: words[2] as u32,
+                counter_start: words[3],
+                timers: std::array::from_fn(|n| TimerState {
+                    configuration: words[4 * n + 4],
+                    comparator: words[4 * n + 5] as u32,
+                    period: words[4 * n + 6] as u32,
+                    fsb_route: words[4 * n + 7],
+                    due: due[n],
+                    asserted: asserted[n],
+                }),
+            };
+            let hpet = Vhpet::new();
+            hpet.restore(&p, state).unwrap();
+            let tamed = hpet.save();
+            hpet.restore(&p, tamed.clone()).unwrap();
+            prop_assert_eq!(hpet.save(), tamed);
+            apply(&p, &hpet, &ops);
+        }
     }
 }

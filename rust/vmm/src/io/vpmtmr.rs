@@ -64,3 +64,51 @@ impl Vpmtmr {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testplat::TestPlatform;
+    use super::*;
+
+    #[test]
+    fn counts_at_its_frequency_and_wraps() {
+        let p = TestPlatform::new(1);
+        let timer = Vpmtmr::new();
+        p.advance(1_000_000_000);
+        assert_eq!(timer.value(&p), 3_579_545);
+        // 2^32 ticks and one more.
+        p.advance(1_199_864_031_881 - 1_000_000_000 + 280);
+        assert_eq!(timer.value(&p), 1);
+        timer.reset(&p);
+        assert_eq!(timer.value(&p), 0);
+    }
+
+    #[test]
+    fn narrow_reads() {
+        let p = TestPlatform::new(1);
+        let timer = Vpmtmr::new();
+        p.advance(10_000_000_000);
+        let value = timer.value(&p);
+        assert_eq!(timer.read(&p, PORT, 4), Ok(value));
+        assert_eq!(timer.read(&p, PORT, 2), Ok(value & 0xffff));
+        assert_eq!(timer.read(&p, PORT + 2, 1), Ok(value >> 16 & 0xff));
+        assert_eq!(timer.read(&p, PORT + 3, 2), Ok(0xff00 | value >> 24));
+        assert_eq!(timer.read(&p, PORT + 4, 1), Err(NotDecoded));
+        assert_eq!(timer.read(&p, PORT - 1, 1), Err(NotDecoded));
+    }
+
+    #[test]
+    fn restored_timer_goes_on() {
+        let p = TestPlatform::new(1);
+        let timer = Vpmtmr::new();
+        p.advance(5_000_000_000);
+        timer.reset(&p);
+        p.advance(1_000_000_000);
+        let copy = Vpmtmr::new();
+        copy.restore(&p, timer.save()).unwrap();
+        assert_eq!(copy.value(&p), 3_579_545);
+        copy.restore(&p, State { start: u64::MAX, ..timer.save() }).unwrap();
+        assert_eq!(copy.value(&p), 0);
+        assert!(copy.restore(&p, State { version: 0, ..timer.save() }).is_err());
+    }
+}

@@ -514,3 +514,405 @@ impl Vrtc {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::testplat::{Event, TestPlatform};
+    use super::*;
+
+    const PULSE: Event = Event::Pulse(Some(IRQ), Some(IRQ));
+    const ALL_DATE: [u8; 8] = [SECOND, MINUTE, HOUR, DAY_OF_WEEK, DAY, MONTH, YEAR, CENTURY];
+
+    fn set(p: &TestPlatform, rtc: &Vrtc, cell: u8, value: u8) {
+        rtc.write(p, INDEX, 1, cell.into()).unwrap();
+        rtc.write(p, DATA, 1, value.into()).unwrap();
+    }
+
+    fn get(p: &TestPlatform, rtc: &Vrtc, cell: u8) -> u8 {
+        rtc.write(p, INDEX, 1, cell.into()).unwrap();
+        rtc.read(p, DATA, 1).unwrap() as u8
+    }
+
+    fn date(p: &TestPlatform, rtc: &Vrtc) -> [u8; 8] {
+        ALL_DATE.map(|cell| get(p, rtc, cell))
+    }
+
+    /// A clock at 2023-11-14 22:13:20 UTC, a Tuesday.
+    fn rtc(p: &TestPlatform) -> Vrtc {
+        let rtc = Vrtc::new();
+        rtc.reset(p);
+        rtc
+    }
+
+    fn run(p: &TestPlatform, rtc: &Vrtc, ns: u64) {
+        p.run_until(p.now() + ns, Callout::Rtc, |p| rtc.callout(p));
+    }
+
+    #[test]
+    fn after_reset() {
+        let p = TestPlatform::new(1);
+        let rtc = rtc(&p);
+        assert_eq!(rtc.read(&p, DATA, 1), Ok(0x80), "the index is that of register D");
+        assert_eq!(rtc.read(&p, INDEX, 1), Ok(0xff));
+        assert_eq!([REG_A, REG_B, REG_C, REG_D].map(|r| get(&p, &rtc, r)), [0x20, 0x02, 0, 0x80]);
+        assert_eq!(date(&p, &rtc), [0x20, 0x13, 0x22, 3, 0x14, 0x11, 0x23, 0x20]);
+        assert_eq!(rtc.gettime(&p), TestPlatform::WALL);
+    }
+
+    #[test]
+    fn formats() {
+        let p = TestPlatform::new(1);
+        let rtc = rtc(&p);
+        // Register B; hour cell at 22, 0, 12, 11 and 23 o'clock.
+        let table = [
+            (0x02, [0x22, 0x00, 0x12, 0x11, 0x23]),
+            (0x06, [22, 0, 12, 11, 23]),
+            (0x00, [0x90, 0x12, 0x92, 0x11, 0x91]),
+            (0x04, [0x8a, 12, 0x8c, 11, 0x8b]),
+        ];
+        for (reg_b, cells) in table {
+            set(&p, &rtc, REG_B, reg_b);
+            for (hour, cell) in [22, 0, 12, 11, 23].into_iter().zip(cells) {
+                let midnight = TestPlatform::WALL / DAY_SECONDS * DAY_SECONDS;
+                rtc.settime(&p, midnight + hour * 3600).unwrap();
+                assert_eq!(get(&p, &rtc, HOUR), cell, "{reg_b:#x} {hour}");
+                set(&p, &rtc, HOUR, cell);
+                assert_eq!(rtc.gettime(&p), midnight + hour * 3600);
+            }
+        }
+    }
+
+    #[test]
+    fn calendar() {
+        let p = TestPlatform::new(1);
+        let rtc = rtc(&p);
+        // Seconds before and date after a second has passed, with the day of the week.
+        let table = [
+            (951_782_399, [0, 0, 0, 3, 0x29, 0x02, 0x00, 0x20]),
+            (951_868_799, [0, 0, 0, 4, 0x01, 0x03, 0x00, 0x20]),
+            (4_107_542_399, [0, 0, 0, 2, 0x01, 0x03, 0x00, 0x21]),
+            (946_684_799, [0, 0, 0, 7, 0x01, 0x01, 0x00, 0x20]),
+            (-1, [0, 0, 0, 5, 0x01, 0x01, 0x70, 0x19]),
+            (LAST_TIME, [0, 0, 0, 7, 0x01, 0x01, 0x00, 0x00]),
+        ];
+        for (before, after) in table {
+            rtc.settime(&p, before).unwrap();
+            p.advance(SECOND_NS);
+            assert_eq!(date(&p, &rtc), after, "{before}");
+        }
+        assert!(rtc.settime(&p, LAST_TIME + 1).is_err());
+        assert!(rtc.settime(&p, FIRST_TIME - 1).is_err());
+    }
+
+    #[test]
+    fn setting_the_clock() {
+        let p = TestPlatform::new(1);
+        let rtc = rtc(&p);
+        p.advance(SECOND_NS / 4);
+        set(&p, &rtc, REG_B, B_SET | B_24_HOURS);
+        p.advance(10 * SECOND_NS);
+        assert_eq!(get(&p, &rtc, SECOND), 0x20, "SET stops updates");
+        assert_eq!(get(&p, &rtc, REG_A), 0x20);
+        for (cell, value) in ALL_DATE.into_iter().zip([0x58, 0x59, 0x23, 1, 0x31, 0x12, 0x99, 0x19]) {
+            set(&p, &rtc, cell, value);
+        }
+        set(&p, &rtc, REG_B, B_24_HOURS);
+        p.advance(SECOND_NS / 2);
+        assert_eq!(get(&p, &rtc, SECOND), 0x58);
+        p.advance(SECOND_NS / 4);
+        assert_eq!(get(&p, &rtc, SECOND), 0x59, "the divider chain has kept its phase");
+        p.advance(SECOND_NS);
+        assert_eq!(date(&p, &rtc), [0, 0, 0, 7, 0x01, 0x01, 0x00, 0x20]);
+    }
+
+    #[test]
+    fn divider_reset_starts_half_a_second_before_an_update() {
+        let p = TestPlatform::new(1);
+        p.advance(5 * SECOND_NS + 123);
+        let rtc = rtc(&p);
+        set(&p, &rtc, REG_A, 0x70);
+        p.advance(3 * SECOND_NS);
+        assert_eq!(get(&p, &rtc, SECOND), 0x20);
+        set(&p, &rtc, REG_A, 0x26);
+        p.advance(SECOND_NS / 2 - 1);
+        assert_eq!(get(&p, &rtc, SECOND), 0x20);
+        p.advance(1);
+        assert_eq!(get(&p, &rtc, SECOND), 0x21);
+    }
+
+    #[test]
+    fn impossible_date_stands_still() {
+        let p = TestPlatform::new(1);
+        let rtc = rtc(&p);
+        for (cell, bad, good) in [
+            (MONTH, 0x13, 0x11),
+            (DAY, 0x31, 0x14),
+            (DAY, 0x00, 0x14),
+            (HOUR, 0x24, 0x22),
+            (MINUTE, 0x60, 0x13),
+            (SECOND, 0x7a, 0x20),
+            (YEAR, 0xa0, 0x23),
+            (CENTURY, 0x1f, 0x20),
+        ] {
+            set(&p, &rtc, cell, bad);
+            p.advance(3 * SECOND_NS);
+            assert_eq!(get(&p, &rtc, cell), bad, "{cell}");
+            assert_eq!(rtc.gettime(&p), -1);
+            set(&p, &rtc, cell, good);
+            set(&p, &rtc, SECOND, 0x20);
+            assert_eq!(rtc.gettime(&p), TestPlatform::WALL, "{cell}");
+        }
+    }
+
+    #[test]
+    fn update_in_progress() {
+        let p = TestPlatform::new(1);
+        let rtc = rtc(&p);
+        for (at, uip) in [
+            (0, false),
+            (SECOND_NS - UPDATE_NS - 1, false),
+            (SECOND_NS - UPDATE_NS, true),
+            (SECOND_NS - 1, true),
+            (SECOND_NS, false),
+        ] {
+            p.advance(at - p.now());
+            assert_eq!(get(&p, &rtc, REG_A) & A_UPDATE_IN_PROGRESS != 0, uip, "{at}");
+        }
+    }
+
+    #[test]
+    fn flags_rise_without_interrupts() {
+        let p = TestPlatform::new(1);
+        let rtc = rtc(&p);
+        set(&p, &rtc, REG_A, 0x26);
+        p.advance(976_563);
+        assert_eq!(get(&p, &rtc, REG_C), PERIODIC);
+        assert_eq!(get(&p, &rtc, REG_C), 0, "a read clears it");
+        p.advance(SECOND_NS);
+        assert_eq!(get(&p, &rtc, REG_C), PERIODIC | UPDATE);
+        for alarm in [SECOND_ALARM, MINUTE_ALARM, HOUR_ALARM] {
+            set(&p, &rtc, alarm, 0xff);
+        }
+        p.advance(SECOND_NS);
+        assert_eq!(get(&p, &rtc, REG_C), PERIODIC | UPDATE | ALARM);
+        assert_eq!(p.take(), []);
+        assert_eq!(p.armed(Callout::Rtc), None);
+    }
+
+    #[test]
+    fn update_interrupt() {
+        let p = TestPlatform::new(1);
+        let rtc = rtc(&p);
+        set(&p, &rtc, REG_B, B_24_HOURS | UPDATE);
+        assert_eq!(p.armed(Callout::Rtc), Some(SECOND_NS));
+        run(&p, &rtc, 5 * SECOND_NS);
+        assert_eq!(p.take(), [PULSE], "the line stays until register C is read");
+        assert_eq!(get(&p, &rtc, REG_C), C_IRQ | UPDATE);
+        run(&p, &rtc, SECOND_NS);
+        assert_eq!(p.take(), [PULSE]);
+        set(&p, &rtc, REG_B, B_SET | B_24_HOURS | UPDATE);
+        assert_eq!(get(&p, &rtc, REG_B), B_SET | B_24_HOURS, "SET clears UIE");
+    }
+
+    #[test]
+    fn enabling_an_interrupt_whose_flag_is_set() {
+        let p = TestPlatform::new(1);
+        let rtc = rtc(&p);
+        p.advance(SECOND_NS);
+        set(&p, &rtc, REG_B, B_24_HOURS | UPDATE);
+        assert_eq!(p.take(), [PULSE]);
+    }
+
+    #[test]
+    fn periodic_rates() {
+        // Rate, interrupts in a second.
+        let table = [(1, 256), (2, 128), (3, 8192), (6, 1024), (10, 64), (15, 2)];
+        for (rate, hz) in table {
+            let p = TestPlatform::new(1);
+            let rtc = rtc(&p);
+            set(&p, &rtc, REG_A, 0x20 | rate);
+            set(&p, &rtc, REG_B, B_24_HOURS | PERIODIC);
+            let mut flags = 0;
+            p.run_until(3 * SECOND_NS, Callout::Rtc, |p| {
+                rtc.callout(p);
+                flags |= get(p, &rtc, REG_C);
+            });
+            assert_eq!(p.take().len(), 3 * hz, "rate {rate}");
+            assert_eq!(flags & !UPDATE, C_IRQ | PERIODIC);
+        }
+        let p = TestPlatform::new(1);
+        let rtc = rtc(&p);
+        set(&p, &rtc, REG_B, B_24_HOURS | PERIODIC);
+        assert_eq!(p.armed(Callout::Rtc), None, "rate 0 is off");
+    }
+
+    #[test]
+    fn alarms() {
+        // Hour, minute and second cells; seconds until the first and until the next alarm, from
+        // 22:13:20.
+        let table = [
+            (0x22, 0x13, 0x25, 5, 86_400),
+            (0x22, 0x13, 0xff, 1, 1),
+            (0xff, 0xc0, 0x10, 50, 60),
+            (0xc5, 0x10, 0x00, 3400, 3600),
+            (0x00, 0x00, 0x00, 6400, 86_400),
+        ];
+        for (hour, minute, second, first, next) in table {
+            let p = TestPlatform::new(1);
+            let rtc = rtc(&p);
+            set(&p, &rtc, HOUR_ALARM, hour);
+            set(&p, &rtc, MINUTE_ALARM, minute);
+            set(&p, &rtc, SECOND_ALARM, second);
+            set(&p, &rtc, REG_B, B_24_HOURS | ALARM);
+            for seconds in [first, next] {
+                run(&p, &rtc, seconds * SECOND_NS - 1);
+                assert_eq!(p.take(), [], "{hour:#x}:{minute:#x}:{second:#x}");
+                run(&p, &rtc, 1);
+                assert_eq!(p.take(), [PULSE], "{hour:#x}:{minute:#x}:{second:#x}");
+                assert_eq!(get(&p, &rtc, REG_C), C_IRQ | ALARM | UPDATE);
+            }
+        }
+    }
+
+    #[test]
+    fn alarm_seen_late() {
+        let p = TestPlatform::new(1);
+        let rtc = rtc(&p);
+        set(&p, &rtc, HOUR_ALARM, 0x22);
+        set(&p, &rtc, MINUTE_ALARM, 0x13);
+        for (second, days, flag) in [(0x20, 0, 0), (0x20, 1, ALARM), (0x60, 7, 0), (0x21, 9, ALARM)]
+        {
+            set(&p, &rtc, SECOND_ALARM, second);
+            p.advance((days * 86_400 + 10) * SECOND_NS);
+            rtc.settime(&p, TestPlatform::WALL).unwrap();
+            assert_eq!(get(&p, &rtc, REG_C) & ALARM, flag, "{second:#x} {days}");
+        }
+    }
+
+    #[test]
+    fn memory_cells() {
+        let p = TestPlatform::new(1);
+        let rtc = rtc(&p);
+        for offset in 0..=0xff {
+            let memory = matches!(offset, 0x0e..=0x31 | 0x33..=0x7f);
+            assert_eq!(rtc.nvram_write(&p, offset, offset).is_ok(), memory, "{offset:#x}");
+            assert_eq!(rtc.nvram_read(&p, offset).is_ok(), offset < 0x80);
+            if memory {
+                assert_eq!(rtc.nvram_read(&p, offset), Ok(offset));
+                assert_eq!(get(&p, &rtc, offset), offset);
+            }
+        }
+        assert_eq!(rtc.nvram_read(&p, CENTURY), Ok(0x20));
+        p.advance(SECOND_NS);
+        assert_eq!(rtc.nvram_read(&p, REG_C), Ok(UPDATE));
+        assert_eq!(get(&p, &rtc, REG_C), UPDATE, "looking does not clear it");
+        set(&p, &rtc, REG_C, 0xff);
+        set(&p, &rtc, REG_D, 0);
+        assert_eq!((get(&p, &rtc, REG_C), get(&p, &rtc, REG_D)), (0, 0x80));
+    }
+
+    #[test]
+    fn index_and_data_in_one_access() {
+        let p = TestPlatform::new(1);
+        let rtc = rtc(&p);
+        rtc.write(&p, INDEX, 2, 0x5ac0).unwrap();
+        assert_eq!(rtc.read(&p, DATA, 1), Ok(0x5a), "bit 7 of the index is the NMI gate");
+        assert_eq!(rtc.read(&p, INDEX, 4), Ok(0xffff_5aff));
+        assert_eq!(rtc.read(&p, 0x72, 1), Err(NotDecoded));
+    }
+
+    #[test]
+    fn restored_clock_goes_on() {
+        let p = TestPlatform::new(1);
+        let rtc = rtc(&p);
+        set(&p, &rtc, REG_B, B_24_HOURS | UPDATE);
+        set(&p, &rtc, 0x40, 0x77);
+        p.advance(SECOND_NS / 2);
+        let other = TestPlatform::new(1);
+        other.advance(p.now());
+        let copy = Vrtc::new();
+        let text = serde_json::to_string(&rtc.save()).unwrap();
+        copy.restore(&other, serde_json::from_str(&text).unwrap()).unwrap();
+        assert_eq!(copy.save(), rtc.save());
+        run(&other, &copy, SECOND_NS / 2);
+        assert_eq!(other.take(), [PULSE]);
+        assert_eq!(copy.gettime(&other), TestPlatform::WALL + 1);
+        assert_eq!(get(&other, &copy, 0x40), 0x77);
+    }
+
+    type Op = (u8, u16, usize, u32, u64);
+
+    fn ops() -> impl Strategy<Value = Vec<Op>> {
+        let value = prop_oneof![
+            // An index and a value that it takes.
+            (0u32..14, any::<u8>()).prop_map(|(cell, value)| cell | u32::from(value) << 8),
+            any::<u32>(),
+        ];
+        let ns = prop_oneof![0..SECOND_NS, 0..200_000 * SECOND_NS];
+        prop::collection::vec((0u8..6, 0x6fu16..0x73, 1usize..5, value, ns), 1..60)
+    }
+
+    fn apply(p: &TestPlatform, rtc: &Vrtc, ops: &[Op]) {
+        for &(op, port, size, value, ns) in ops {
+            match op {
+                0 => drop(rtc.read(p, port, size)),
+                1 => drop(rtc.read(p, DATA, 1)),
+                2 => drop(rtc.write(p, INDEX, 2, value)),
+                3 => drop(rtc.write(p, port, size, value)),
+                4 => rtc.callout(p),
+                _ => drop(rtc.settime(p, i64::from(value as i32) << 8)),
+            }
+            p.advance(ns);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_time_reads_back(time in FIRST_TIME..=LAST_TIME, formats in 0u8..4) {
+            let p = TestPlatform::new(1);
+            let rtc = rtc(&p);
+            set(&p, &rtc, REG_B, formats << 1);
+            rtc.settime(&p, time).unwrap();
+            let cells = date(&p, &rtc);
+            set(&p, &rtc, REG_B, B_SET | formats << 1);
+            for (cell, value) in ALL_DATE.into_iter().zip(cells) {
+                set(&p, &rtc, cell, value);
+            }
+            set(&p, &rtc, REG_B, formats << 1);
+            prop_assert_eq!(rtc.gettime(&p), time);
+        }
+
+        #[test]
+        fn any_sequence_leaves_a_state_that_can_be_restored(ops in ops()) {
+            let p = TestPlatform::new(1);
+            let rtc = rtc(&p);
+            apply(&p, &rtc, &ops);
+            let copy = Vrtc::new();
+            copy.restore(&p, rtc.save()).unwrap();
+            prop_assert_eq!(copy.save(), rtc.save());
+        }
+
+        #[test]
+        fn hostile_states_are_tamed(
+            index in any::<u8>(),
+            cells in prop::collection::vec(any::<u8>(), 0..200),
+            time in any::<Option<i64>>(),
+            updated in any::<u64>(),
+            flagged in any::<u64>(),
+            now in any::<u64>(),
+            ops in ops(),
+        ) {
+            let p = TestPlatform::new(1);
+            p.advance(now >> 8);
+            let rtc = Vrtc::new();
+            let state = State { version: State::VERSION, index, cells, time, updated, flagged };
+            rtc.restore(&p, state).unwrap();
+            let tamed = rtc.save();
+            rtc.restore(&p, tamed.clone()).unwrap();
+            prop_assert_eq!(rtc.save(), tamed);
+            apply(&p, &rtc, &ops);
+        }
+    }
+}

@@ -289,7 +289,7 @@ impl Cpu {
         if !super::cpuid::shown(&l.insn) {
             return l.slow(interp::misc::undefined, true);
         }
-        if let Some(h) = interp::lower(l).or_else(|| native::lower(l)) {
+        if let Some(h) = interp::lower(l).or_else(|| native::lower(l, &mut self.native)) {
             return h;
         }
         match sys::lookup(&l.insn) {

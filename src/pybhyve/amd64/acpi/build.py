@@ -15,6 +15,7 @@ from pybhyve.amd64.acpi.mcfg import build_mcfg
 from pybhyve.amd64.acpi.rsdp import build_rsdp
 from pybhyve.amd64.acpi.rsdt import build_rsdt, build_xsdt
 from pybhyve.amd64.acpi.spcr import build_spcr
+from pybhyve.amd64.acpi.srat import build_srat
 from pybhyve.errors import BhyveError
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def build_acpi(machine: Machine, base: int = ACPI_BASE) -> dict[str, tuple[int, 
     listed = ["FACP", "APIC", "HPET", "MCFG"]
     if COM1 in machine.devices:
         listed.append("SPCR")
+    if machine.domains:
+        listed.append("SRAT")
     builders: dict[str, Callable[[Addresses], bytes]] = {
         "RSDP": lambda at: build_rsdp(at["RSDT"], at["XSDT"]),
         "RSDT": lambda at: build_rsdt([at[name] for name in listed]),
@@ -48,10 +51,11 @@ def build_acpi(machine: Machine, base: int = ACPI_BASE) -> dict[str, tuple[int, 
         "MCFG": lambda _at: build_mcfg(),
         "FACS": lambda _at: build_facs(),
         "SPCR": lambda _at: build_spcr(),
+        "SRAT": lambda _at: build_srat(machine.domains, machine.vm.memmap()),
         "DSDT": lambda _at: dsdt,
     }
-    if "SPCR" not in listed:
-        del builders["SPCR"]
+    for optional in {"SPCR", "SRAT"} - {*listed}:
+        del builders[optional]
     # No table's size depends on an address, so a first pass finds the addresses.
     addresses: Addresses = defaultdict(int)
     end = base

@@ -1,14 +1,165 @@
-//! Vector and x87 instructions on the host's own units.
-use super::decode::*;
-use super::op::*;
-#[derive(Default)]
-pub struct Native;
-impl Native {
-    pub fn full(&self) -> bool {
-        false
+//! Vector, x87 and bit-manipulation instructions, on the host's own units.
+//!
+//! Guest and host share the instruction set, so an instruction that only moves data between
+//! registers and at most one memory operand is not interpreted but executed: `stub` makes a host
+//! function of it when it is decoded, `simd` finds its operand and calls it.  What that does
+//! not cover is `special`: masked accesses, gathers, control registers.  x87 instructions run
+//! with the whole of the guest's x87 state loaded (`x87`), and `xsave` has FXSAVE and XSAVE.
+//!
+//! # Safety
+//!
+//! A stub is generated code that Rust cannot check.  It is sound because of these rules:
+//!
+//! 1. Only instructions of the families in [`covered`] become stubs, and those among them with
+//!    implicit memory operands, with vector indices or with control effects are handled elsewhere.  What
+//!    remains reads and writes registers and at most one memory operand.
+//! 2. The memory operand is always `[rsi]`.  Its size is what the decoder says the instruction
+//!    accesses; `rsi` points to guest memory with at least that many bytes left in its page, or to
+//!    [`Native::bounce`], which is larger than any operand.
+//! 3. Other memory that a stub touches is fields of the [`Cpu`] that `rdi` points to, at offsets
+//!    that the compiler computed.
+//! 4. A stub changes only registers that its calling convention lets it change, and leaves MXCSR,
+//!    the x87 state and the upper vector halves as that convention wants them.
+//! 5. An instruction never traps: vector exceptions are masked while it runs, x87 exceptions
+//!    stay pending until the state has been saved and cleared, and aligned forms run on an
+//!    address whose alignment was checked (guest memory and the bounce buffer keep alignment
+//!    up to a page and 64 bytes).
+//! 6. Code is written through one mapping and run through another, and a byte that can be run never
+//!    changes (`codebuf`).  [`Native::reset`] takes all of it away, which is only done when no block
+//!    that refers to it is left.
+
+mod codebuf;
+mod simd;
+mod special;
+mod stub;
+#[cfg(test)]
+mod tests;
+mod x87;
+
+use super::decode::Lower;
+use super::op::{Handler, MAX_OPS};
+use codebuf::CodeBuf;
+use iced_x86::{CpuidFeature, Instruction, InstructionInfoFactory};
+use std::collections::HashMap;
+use std::mem;
+use stub::Stub;
+
+/// Which conditions an instruction depends on, and what it touches.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Class(u8);
+
+impl Class {
+    /// Legacy SSE: wants CR4.OSFXSR.
+    pub const SSE: u8 = 1 << 0;
+    /// AVX state: wants CR4.OSXSAVE and XCR0.
+    pub const AVX: u8 = 1 << 1;
+    /// VEX-encoded: protected mode only.
+    pub const VEX: u8 = 1 << 2;
+    /// Uses MMX registers.
+    pub const MMX: u8 = 1 << 3;
+    /// Obeys MXCSR and sets its flags.
+    pub const FP: u8 = 1 << 4;
+
+    pub fn vex(self) -> bool {
+        self.0 & Self::VEX != 0
     }
-    pub fn reset(&mut self) {}
+
+    pub fn mmx(self) -> bool {
+        self.0 & Self::MMX != 0
+    }
+
+    pub fn mxcsr(self) -> bool {
+        self.0 & Self::FP != 0
+    }
 }
-pub fn lower(_: &mut Lower) -> Option<Handler> {
-    None
+
+/// Staging for an operand that has no single host address.
+#[repr(C, align(64))]
+struct Bounce([u8; 64]);
+
+/// Generated code of a vCPU.
+pub struct Native {
+    /// What the host's MXCSR is outside of stubs.
+    host_mxcsr: u32,
+    bounce: Bounce,
+    code: Option<CodeBuf>,
+    /// By what `stub::normalise` makes of an instruction.
+    stubs: HashMap<Instruction, Stub>,
+    info: InstructionInfoFactory,
+}
+
+impl Default for Native {
+    fn default() -> Self {
+        Native {
+            host_mxcsr: 0x1F80,
+            bounce: Bounce([0; 64]),
+            code: None,
+            stubs: HashMap::new(),
+            info: InstructionInfoFactory::new(),
+        }
+    }
+}
+
+impl Native {
+    /// There may be no room for the stubs of one more block: drop all blocks and `reset`.
+    pub fn full(&self) -> bool {
+        self.code.as_ref().is_some_and(|c| c.room() < MAX_OPS * stub::MAX_LEN)
+    }
+
+    /// Forget all stubs.  No block decoded before may run again.
+    pub fn reset(&mut self) {
+        self.stubs.clear();
+        self.code = None;
+    }
+
+    /// The stub for an instruction.
+    ///
+    /// # Panics
+    /// If the host gives no memory for code, or if `full` was not heeded.
+    fn stub(&mut self, insn: &Instruction, class: Class) -> Stub {
+        let insn = stub::normalise(insn);
+        if let Some(&s) = self.stubs.get(&insn) {
+            return s;
+        }
+        let bytes = stub::build(&insn, class, &mut self.info);
+        let code = self.code.get_or_insert_with(|| {
+            CodeBuf::new().unwrap_or_else(|e| panic!("cannot map memory for generated code: {e}"))
+        });
+        let at = code.push(&bytes).expect("`full` is asked before each block");
+        // SAFETY: the bytes are a function of this type; they stay until `reset`.
+        let s = unsafe { mem::transmute::<*mut u8, Stub>(at.as_ptr()) };
+        self.stubs.insert(insn, s);
+        s
+    }
+}
+
+fn covered(f: CpuidFeature) -> bool {
+    use CpuidFeature::*;
+    matches!(
+        f,
+        MMX | SSE
+            | SSE2
+            | SSE3
+            | SSSE3
+            | SSE4_1
+            | SSE4_2
+            | AVX
+            | AVX2
+            | FMA
+            | F16C
+            | AES
+            | PCLMULQDQ
+            | SHA
+            | BMI1
+            | BMI2
+            | ADX
+            | LZCNT
+            | POPCNT
+            | MOVBE
+    )
+}
+
+/// Handler for a vector, x87 or bit-manipulation instruction; None: not one.
+pub fn lower(l: &mut Lower, native: &mut Native) -> Option<Handler> {
+    special::lower(l, native).or_else(|| simd::lower(l, native))
 }
