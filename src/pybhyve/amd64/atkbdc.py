@@ -137,7 +137,6 @@ class Atkbdc(Device):
             elif command == 0xD3:
                 self._reply(value, aux=True)
             elif command == 0xD4:
-                self._ram[0] &= ~CB_AUX_DISABLE
                 self.mouse.write(value)
             else:
                 self._ram[0] &= ~CB_KBD_DISABLE

@@ -82,6 +82,8 @@ class PowerManagement(Device):
         self._reset_control = 0
         self._sci = False
         self._sigterm: Handle | None = None
+        self._paused = False
+        self._pressed_while_paused = False
         self.regs = Regs(self)
         self._vm.isa_set_irq_trigger(SCI_IRQ, True)
 
@@ -99,6 +101,19 @@ class PowerManagement(Device):
         """SIGTERM is the power button from now on."""
         self._sigterm = self._machine.mevent.add_signal(signal.SIGTERM, self._terminate)
 
+    def pause(self) -> None:
+        """Have the power button wait."""
+        with self._lock:
+            self._paused = True
+
+    def resume(self) -> None:
+        """Press the power button if that was asked for meanwhile."""
+        with self._lock:
+            self._paused = False
+            pressed, self._pressed_while_paused = self._pressed_while_paused, False
+        if pressed:
+            self.power_button()
+
     def halt(self) -> None:
         """Give SIGTERM back."""
         if self._sigterm is not None:
@@ -115,6 +130,9 @@ class PowerManagement(Device):
         with self._lock:
             if not self.regs.PM1_CNT & PM1_SCI_EN:
                 return False
+            if self._paused:
+                self._pressed_while_paused = True
+                return True
             self.regs.PM1_STS |= PM1_PWRBTN
             self._update_sci()
             return True

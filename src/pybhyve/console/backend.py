@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import threading
+import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -16,6 +18,7 @@ log = logging.getLogger(__name__)
 # port's transmitter is busy, until no more than LOW_WATER are left.
 HIGH_WATER: Final = 64 * 1024
 LOW_WATER: Final = 16 * 1024
+FLUSH_SECONDS: Final = 1.0
 
 
 class Port(Protocol):
@@ -104,8 +107,18 @@ class Stream:
             self._loop.enable(reader)
 
     def flush(self) -> None:
-        """Give the descriptor what is left, as far as it takes it.  Loop's thread."""
-        if self._open and self._out:
+        """Give the descriptor what is left, and some time to take it.
+
+        On the loop's thread, which does not run any more: a guest's last words are
+        worth FLUSH_SECONDS, a reader that has stopped is not worth more.
+        """
+        deadline = time.monotonic() + FLUSH_SECONDS
+        poll = select.poll()
+        poll.register(self._out_fd, select.POLLOUT)
+        while self._open and self._out:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(1000 * left):
+                return
             self._flush()
 
     def close(self) -> None:

@@ -293,9 +293,12 @@ class Ns16550:
     # -- state -----------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Master reset: table III, and the interrupt line falls."""
+        """Master reset: table III.
+
+        ``irq`` is not called: who resets the chip resets what is behind the line too.
+        """
         self._power_on()
-        self._update()
+        self._level = False
 
     def save(self) -> dict[str, Any]:
         """The whole state; the interrupt line's level is part of it."""

@@ -20,6 +20,8 @@ class SerialPort:
         self._lock = threading.Lock()
         self._backend = backend
         self._chip = Ns16550(irq, backend)
+        self._paused = False
+        self._held = b""
 
     def read(self, offset: int, size: int) -> int:
         """A guest's read at register ``offset``."""
@@ -34,25 +36,38 @@ class SerialPort:
     def room(self) -> int:
         """How many bytes the receiver can take now."""
         with self._lock:
-            return self._chip.room()
+            return 0 if self._paused else self._chip.room()
 
     def receive(self, data: bytes) -> None:
-        """Bytes from the line."""
+        """Bytes from the line; kept until :meth:`resume` if it was paused meanwhile."""
         with self._lock:
-            self._chip.receive(data)
+            if self._paused:
+                self._held += data
+            else:
+                self._chip.receive(data)
 
     def drained(self) -> None:
         """The line can take output again."""
         with self._lock:
-            self._chip.drained()
+            if not self._paused:
+                self._chip.drained()
 
     def start(self) -> None:
         """Connect the backend."""
         self._backend.start(self)
 
+    def pause(self) -> None:
+        """Have the line wait, so that nothing changes the chip."""
+        with self._lock:
+            self._paused = True
+
     def resume(self) -> None:
-        """After a restore: this line is not the one the saved chip was waiting for."""
-        self.drained()
+        """Go on; after a restore the line may not be the one that was waited for."""
+        with self._lock:
+            self._paused = False
+            held, self._held = self._held, b""
+            self._chip.receive(held)
+            self._chip.drained()
         self._backend.resume_input()
 
     def halt(self) -> None:

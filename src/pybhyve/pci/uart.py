@@ -67,6 +67,10 @@ class PciUart(PciDevice[UartOptions]):
         """Connect the backend."""
         self._port.start()
 
+    def pause(self) -> None:
+        """Have the line wait."""
+        self._port.pause()
+
     def resume(self) -> None:
         """Go on with whatever line is there now."""
         self._port.resume()

@@ -101,6 +101,18 @@ def test_power_button(rig):
     assert rig.wires() == [DEASSERT]
 
 
+def test_power_button_of_a_paused_machine_waits(rig):
+    rig.enable_acpi()
+    rig.pm.pause()
+
+    assert rig.pm.power_button()
+    assert rig.read(0x400, 2) == 0
+
+    rig.pm.resume()
+
+    assert rig.read(0x400, 2) == 0x0100
+
+
 def test_masking_the_event_lowers_sci(rig):
     rig.enable_acpi()
     rig.write(0x402, 2, 0x0100)

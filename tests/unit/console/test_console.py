@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,6 +167,47 @@ def test_a_slow_reader_makes_the_port_wait_and_loses_nothing(loop):
 
         assert guest.drains == 1
     backend.halt()
+
+
+def test_halt_waits_for_a_reader_that_reads(loop):
+    backend = TcpBackend(loop, "tcp=127.0.0.1:0")
+    backend.start(Guest())
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(backend.address)
+        run_until(loop, lambda: backend._stream is not None)
+        total = 0
+        while send(backend, b"x" * 4096):
+            total += 4096
+            run_until(loop, lambda: True)
+        total += 4096
+        got = []
+        reader = threading.Thread(target=lambda: got.append(read_all(client)))
+        reader.start()
+        backend.halt()
+        reader.join()
+
+        assert got == [total]
+
+
+def read_all(client: socket.socket) -> int:
+    count = 0
+    while data := client.recv(1 << 16):
+        count += len(data)
+    return count
+
+
+def test_halt_does_not_wait_for_one_that_does_not(loop):
+    backend = TcpBackend(loop, "tcp=127.0.0.1:0")
+    backend.start(Guest())
+    with socket.create_connection(backend.address):
+        run_until(loop, lambda: backend._stream is not None)
+        while send(backend, b"x" * 65536):
+            run_until(loop, lambda: True)
+        begin = time.monotonic()
+        backend.halt()
+
+        assert time.monotonic() - begin < 3
 
 
 @pytest.mark.parametrize(

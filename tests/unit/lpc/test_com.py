@@ -92,3 +92,25 @@ def test_pc_testdev_lines(build):
         ("isa_deassert_irq", 5, 5),
         ("ioapic_deassert_irq", 20),
     ]
+
+
+def test_a_paused_port_lets_the_line_wait(build):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    machine = build("31,lpc", lpc__com1__path=f"tcp=127.0.0.1:{port}")
+    loop, com = machine.mevent, machine.devices["com1"]
+    com.start()
+    com.pause()
+    before = com.save()
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"a")
+        loop.add_timer(0.05, loop.stop)
+        loop.run()
+
+        assert com.save() == before
+
+        com.resume()
+        loop.add_timer(0.05, loop.stop)
+        loop.run()
+
+        assert machine.inout.read(0x3F8, 1) == ord("a")
