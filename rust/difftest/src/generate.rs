@@ -1,7 +1,8 @@
 //! Random cases from a seed.
 
 use crate::*;
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use vmm::soft::cpuid::decoder_options;
 
 /// SplitMix64: small, and the same everywhere.
 pub struct Rng(pub u64);
@@ -65,7 +66,14 @@ impl Rng {
             0x41E0_0000_0000_0000,
         ];
         const FLOATS: [u32; 9] = [
-            0, 0x8000_0000, 0x3F80_0000, 0xC040_0000, 0x7F80_0000, 0x7FC0_0001, 0x7F80_0001, 0x0000_0001,
+            0,
+            0x8000_0000,
+            0x3F80_0000,
+            0xC040_0000,
+            0x7F80_0000,
+            0x7FC0_0001,
+            0x7F80_0001,
+            0x0000_0001,
             0x4F00_0000,
         ];
         match self.below(4) {
@@ -83,12 +91,12 @@ fn excluded(i: &Instruction) -> bool {
     if i.is_privileged() || i.is_save_restore_instruction() && !vector_save(i) {
         return true;
     }
-    if i.flow_control() != FlowControl::Next
-        && i.flow_control() != FlowControl::ConditionalBranch
-    {
+    if i.flow_control() != FlowControl::Next && i.flow_control() != FlowControl::ConditionalBranch {
         return true;
     }
-    if i.op_kinds().any(|k| k == OpKind::Memory) && matches!(i.memory_segment(), Register::FS | Register::GS) {
+    if i.op_kinds().any(|k| k == OpKind::Memory)
+        && matches!(i.memory_segment(), Register::FS | Register::GS)
+    {
         return true;
     }
     if (0..i.op_count()).any(|n| {
@@ -101,15 +109,96 @@ fn excluded(i: &Instruction) -> bool {
     }
     matches!(
         i.mnemonic(),
-        Rdtsc | Rdtscp | Rdpmc | Rdpid | Rdrand | Rdseed | Cpuid | Syscall | Sysenter | Sysexit
-            | Sysret | Int | Int1 | Int3 | Into | In | Out | Insb | Insw | Insd | Outsb | Outsw | Outsd
-            | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Xgetbv | Lsl | Lar | Verr | Verw | Sldt | Str
-            | Sgdt | Sidt | Smsw | Popf | Popfd | Popfq | Pushf | Pushfd | Pushfq | Pause | Tpause
-            | Umwait | Umonitor | Monitor | Monitorx | Mwait | Mwaitx | Vmcall | Vmmcall | Clzero
-            | Rdpru | Xbegin | Xtest | Xabort | Xend | Lds | Les | Lss | Lfs | Lgs | Ud0 | Ud1 | Ud2
-            | Arpl | Fxsave | Fxsave64 | Fnsave | Fnstenv | Fxrstor | Fxrstor64 | Frstor | Fldenv
-            | Rdsspd | Rdsspq | Incsspd | Incsspq | Loadall | Extrq | Insertq | Movntss | Movntsd
-            | Femms | Rdpkru | Wrpkru | Serialize | Bound
+        Rdtsc
+            | Rdtscp
+            | Rdpmc
+            | Rdpid
+            | Rdrand
+            | Rdseed
+            | Cpuid
+            | Syscall
+            | Sysenter
+            | Sysexit
+            | Sysret
+            | Int
+            | Int1
+            | Int3
+            | Into
+            | In
+            | Out
+            | Insb
+            | Insw
+            | Insd
+            | Outsb
+            | Outsw
+            | Outsd
+            | Rdfsbase
+            | Rdgsbase
+            | Wrfsbase
+            | Wrgsbase
+            | Xgetbv
+            | Lsl
+            | Lar
+            | Verr
+            | Verw
+            | Sldt
+            | Str
+            | Sgdt
+            | Sidt
+            | Smsw
+            | Popf
+            | Popfd
+            | Popfq
+            | Pushf
+            | Pushfd
+            | Pushfq
+            | Pause
+            | Tpause
+            | Umwait
+            | Umonitor
+            | Monitor
+            | Monitorx
+            | Mwait
+            | Mwaitx
+            | Vmcall
+            | Vmmcall
+            | Clzero
+            | Rdpru
+            | Xbegin
+            | Xtest
+            | Xabort
+            | Xend
+            | Lds
+            | Les
+            | Lss
+            | Lfs
+            | Lgs
+            | Ud0
+            | Ud1
+            | Ud2
+            | Arpl
+            | Fxsave
+            | Fxsave64
+            | Fnsave
+            | Fnstenv
+            | Fxrstor
+            | Fxrstor64
+            | Frstor
+            | Fldenv
+            | Rdsspd
+            | Rdsspq
+            | Incsspd
+            | Incsspq
+            | Loadall
+            | Extrq
+            | Insertq
+            | Movntss
+            | Movntsd
+            | Femms
+            | Rdpkru
+            | Wrpkru
+            | Serialize
+            | Bound
     )
 }
 
@@ -158,7 +247,7 @@ pub fn instruction(rng: &mut Rng, mode: Mode) -> Option<Vec<u8>> {
     for _ in 0..14 {
         b.push(rng.next() as u8);
     }
-    let mut d = Decoder::with_ip(mode.bits(), &b, CODE, DecoderOptions::NONE);
+    let mut d = Decoder::with_ip(mode.bits(), &b, CODE, decoder_options());
     let i = d.decode();
     if i.code() == Code::INVALID || i.len() > b.len() || excluded(&i) || !shown(&i) {
         return None;

@@ -88,11 +88,12 @@ impl Case {
     /// Differences between two outcomes of this case, one a line.
     pub fn compare(&self, host: &Outcome, ours: &Outcome) -> Vec<String> {
         const NAMES: [&str; 16] = [
-            "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12",
-            "r13", "r14", "r15",
+            "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11",
+            "r12", "r13", "r14", "r15",
         ];
         let mut d = Vec::new();
-        let mut say = |what: String, h: String, o: String| d.push(format!("{what}: host {h}, ours {o}"));
+        let mut say =
+            |what: String, h: String, o: String| d.push(format!("{what}: host {h}, ours {o}"));
         if host.end != ours.end {
             say("end".into(), format!("{:x?}", host.end), format!("{:x?}", ours.end));
         }
@@ -140,10 +141,15 @@ impl Case {
 
     /// The code as assembly, one instruction a line.
     pub fn listing(&self) -> String {
-        use iced_x86::{Decoder, DecoderOptions, Formatter, NasmFormatter};
+        use iced_x86::{Decoder, Formatter, NasmFormatter};
         let mut f = NasmFormatter::new();
         let mut text = String::new();
-        let mut d = Decoder::with_ip(self.mode.bits(), &self.code, CODE, DecoderOptions::NONE);
+        let mut d = Decoder::with_ip(
+            self.mode.bits(),
+            &self.code,
+            CODE,
+            vmm::soft::cpuid::decoder_options(),
+        );
         for i in &mut d {
             let at = (i.ip() - CODE) as usize;
             let mut line = String::new();

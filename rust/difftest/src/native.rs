@@ -128,7 +128,10 @@ impl Native {
         let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
         // SAFETY: as above.
         let info = unsafe {
-            check(libc::ptrace(libc::PTRACE_GETSIGINFO, self.pid, 0, info.as_mut_ptr()), "siginfo")?;
+            check(
+                libc::ptrace(libc::PTRACE_GETSIGINFO, self.pid, 0, info.as_mut_ptr()),
+                "siginfo",
+            )?;
             check(libc::ptrace(libc::PTRACE_GETREGS, self.pid, 0, ptr::from_mut(u)), "getregs")?;
             info.assume_init()
         };
@@ -149,8 +152,8 @@ impl Native {
         area.truncate(len);
         let mut regs = case.regs.clone();
         regs.gpr = [
-            u.rax, u.rcx, u.rdx, u.rbx, u.rsp, u.rbp, u.rsi, u.rdi, u.r8, u.r9, u.r10, u.r11, u.r12,
-            u.r13, u.r14, u.r15,
+            u.rax, u.rcx, u.rdx, u.rbx, u.rsp, u.rbp, u.rsi, u.rdi, u.r8, u.r9, u.r10, u.r11,
+            u.r12, u.r13, u.r14, u.r15,
         ];
         regs.rip = u.rip;
         regs.flags = u.eflags & FLAGS;

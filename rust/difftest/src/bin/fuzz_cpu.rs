@@ -58,7 +58,10 @@ fn main() -> ExitCode {
         cases += 1;
         seed += 1;
     }
-    println!("{cases} cases, {instructions} instructions, {bad} disagreements (seeds {first} to {})", seed - 1);
+    println!(
+        "{cases} cases, {instructions} instructions, {bad} disagreements (seeds {first} to {})",
+        seed - 1
+    );
     for (k, n) in &kinds {
         println!("  {n:6} {k}");
     }

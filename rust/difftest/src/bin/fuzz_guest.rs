@@ -2,8 +2,8 @@
 //! program ends with status 0 unless the VMM panics (101), or does not come back from the guest
 //! within ten seconds of being asked to (1).
 
-use difftest::generate::{Rng, instruction};
 use difftest::Mode;
+use difftest::generate::{Rng, instruction};
 use std::process::{ExitCode, exit};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

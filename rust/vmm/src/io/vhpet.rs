@@ -391,9 +391,7 @@ impl Vhpet {
             // An expiry that is due but has not been noticed stays, and so does one that has just
             // been; others follow from the comparator.
             let distance = timer.comparator.wrapping_sub(counter);
-            let due = timer
-                .due
-                .filter(|&due| due <= ticks || distance == 0 && due - ticks == WRAP);
+            let due = timer.due.filter(|&due| due <= ticks || distance == 0 && due - ticks == WRAP);
             timer.due = state.enabled.then(|| due.unwrap_or(ticks.saturating_add(distance.into())));
         }
         let mut inner = lock(&self.inner);

@@ -615,7 +615,8 @@ mod tests {
         p.advance(10 * SECOND_NS);
         assert_eq!(get(&p, &rtc, SECOND), 0x20, "SET stops updates");
         assert_eq!(get(&p, &rtc, REG_A), 0x20);
-        for (cell, value) in ALL_DATE.into_iter().zip([0x58, 0x59, 0x23, 1, 0x31, 0x12, 0x99, 0x19]) {
+        for (cell, value) in ALL_DATE.into_iter().zip([0x58, 0x59, 0x23, 1, 0x31, 0x12, 0x99, 0x19])
+        {
             set(&p, &rtc, cell, value);
         }
         set(&p, &rtc, REG_B, B_24_HOURS);

@@ -201,7 +201,9 @@ impl Model {
             leaves.push((caches, sub, cache));
         }
         leaves.sort_unstable();
-        let mut m = Model { amd, max_basic, max_extended, leaves, decoder_options: 0 };
+        // The hint space (0F 0D, 0F 18 to 0F 1F) is all NOPs, ENDBR and what is newer too.
+        let decoder_options = DecoderOptions::FORCE_RESERVED_NOP;
+        let mut m = Model { amd, max_basic, max_extended, leaves, decoder_options };
         for (feature, option) in [
             (CpuidFeature::BMI1, DecoderOptions::NO_MPFX_0FBC),
             (CpuidFeature::LZCNT, DecoderOptions::NO_MPFX_0FBD),

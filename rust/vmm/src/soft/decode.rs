@@ -104,7 +104,9 @@ impl Lower<'_> {
     /// Use `seg` for the op's memory operand.
     pub fn seg(&mut self, seg: Register) {
         self.op.seg = seg_index(seg);
-        let checked = self.bits != 64 && (!self.flat || matches!(seg, Register::FS | Register::GS));
+        // Flat says nothing of FS and GS, and no write goes through CS.
+        let checked = self.bits != 64
+            && (!self.flat || matches!(seg, Register::FS | Register::GS | Register::CS));
         if checked {
             self.op.flags |= F_CHECK;
         } else {

@@ -577,6 +577,15 @@ impl Cpu {
             self.exc = Exc { vector: vec::GP, error: Some(0), payload: NON_CANONICAL };
             return Err(Stop::Exception);
         }
+        // A flat segment ends at 4 GiB.
+        if !self.code64()
+            && right == Right::Current
+            && lin.wrapping_add(len - 1) > 0xFFFF_FFFF
+            && self.cache.mode & super::block::mode::FLAT != 0
+        {
+            self.exc = Exc { vector: vec::GP, error: Some(0), payload: NON_CANONICAL };
+            return Err(Stop::Exception);
+        }
         if self.bank == BANK_NONE
             && right == Right::Current
             && self.cpl == 3
@@ -1041,7 +1050,8 @@ impl Cpu {
     }
 }
 
-/// `Exc::payload` of a #GP that becomes #SS when the stack segment was used.
+/// `Exc::payload` of a #GP that becomes #SS when the stack segment was used: beyond the canonical
+/// addresses, or beyond the end of a flat segment.
 pub const NON_CANONICAL: u64 = 1;
 
 /// The largest naturally aligned access that fits.

@@ -71,17 +71,8 @@ impl Cpu {
             if !self.cache.emptied.is_empty() {
                 self.tidy();
             }
-            match self.deliver_pending() {
-                Ok(()) => {}
-                Err(Undelivered::Exit) => {
-                    if let Why::Exit(e) = self.stop(Stop::Exit) {
-                        return Some(e);
-                    }
-                }
-                Err(Undelivered::TripleFault) => {
-                    self.triple_fault();
-                    return None;
-                }
+            if let Err(u) = self.deliver_pending() {
+                return self.undeliverable(u);
             }
             if self.halted || self.wait_sipi {
                 self.sleep();
@@ -199,10 +190,14 @@ impl Cpu {
         self.enter_guest();
     }
 
+    /// An event could not be delivered: the processor shuts down, or userland has a device read.
     #[cold]
-    fn triple_fault(&mut self) {
-        // The VM may have ended for another reason already.
-        let _ = self.vm().suspend(SuspendHow::TripleFault);
+    fn undeliverable(&mut self, why: Undelivered) -> Option<Exit> {
+        if why == Undelivered::TripleFault {
+            // The VM may have ended for another reason already.
+            let _ = self.vm().suspend(SuspendHow::TripleFault);
+        }
+        self.exit.take()
     }
 
     /// Must instructions be run one by one?
@@ -374,11 +369,7 @@ impl Cpu {
                 self.vcpu().stats.exceptions.inc();
                 match self.deliver() {
                     Ok(()) => Why::Look,
-                    Err(Undelivered::Exit) => self.stop(Stop::Exit),
-                    Err(Undelivered::TripleFault) => {
-                        self.triple_fault();
-                        Why::Ended
-                    }
+                    Err(u) => self.undeliverable(u).map_or(Why::Ended, Why::Exit),
                 }
             }
         }

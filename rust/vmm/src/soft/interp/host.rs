@@ -284,7 +284,7 @@ macro_rules! alu {
 macro_rules! wide {
     ($t:ty, $s:ty, $d:ty, $sd:ty, $m:literal, $ptr:literal) => {
         impl Wide for $t {
-            binary!(imul2, "imul", reg, $m);
+            keep!(imul2, "imul", $m);
             double!(shld, "shld", $m);
             double!(shrd, "shrd", $m);
             keep!(bsf, "bsf", $m);
@@ -351,24 +351,26 @@ macro_rules! lockbit {
 macro_rules! muldiv {
     ($s:ty, $d:ty, $sd:ty, $m:literal) => {
         #[inline(always)]
-        fn mul(a: Self, b: Self, _: u32) -> (Self, Self, u32) {
+        fn mul(a: Self, b: Self, f: u32) -> (Self, Self, u32) {
             let (lo, hi, g): (u64, u64, u64);
             // SAFETY: registers only.
             unsafe {
-                asm!(concat!("mul {b", $m, "}"), "mov {lo}, rax", "seto al", "lahf",
-                    b = in(reg) b, lo = out(reg) lo, out("rdx") hi,
-                    inout("rax") a.to_u64() => g, options(pure, nomem, nostack));
+                asm!("add al, 127", "sahf", "mov rax, {a}", concat!("mul {b", $m, "}"),
+                    "mov {a}, rax", "seto al", "lahf",
+                    b = in(reg) b, a = inout(reg) a.to_u64() => lo, out("rdx") hi,
+                    inout("rax") u64::from(f) => g, options(pure, nomem, nostack));
             }
             (Self::from_u64(lo), Self::from_u64(hi), g as u32 & 0xFFFF)
         }
         #[inline(always)]
-        fn imul(a: Self, b: Self, _: u32) -> (Self, Self, u32) {
+        fn imul(a: Self, b: Self, f: u32) -> (Self, Self, u32) {
             let (lo, hi, g): (u64, u64, u64);
             // SAFETY: registers only.
             unsafe {
-                asm!(concat!("imul {b", $m, "}"), "mov {lo}, rax", "seto al", "lahf",
-                    b = in(reg) b, lo = out(reg) lo, out("rdx") hi,
-                    inout("rax") a.to_u64() => g, options(pure, nomem, nostack));
+                asm!("add al, 127", "sahf", "mov rax, {a}", concat!("imul {b", $m, "}"),
+                    "mov {a}, rax", "seto al", "lahf",
+                    b = in(reg) b, a = inout(reg) a.to_u64() => lo, out("rdx") hi,
+                    inout("rax") u64::from(f) => g, options(pure, nomem, nostack));
             }
             (Self::from_u64(lo), Self::from_u64(hi), g as u32 & 0xFFFF)
         }
@@ -405,22 +407,24 @@ macro_rules! divide {
 impl Alu for u8 {
     alu!(u8, reg_byte, "", "byte ptr", "al");
     #[inline(always)]
-    fn mul(a: u8, b: u8, _: u32) -> (u8, u8, u32) {
+    fn mul(a: u8, b: u8, f: u32) -> (u8, u8, u32) {
         let (p, g): (u64, u64);
         // SAFETY: registers only.
         unsafe {
-            asm!("mul {b}", "mov {p}, rax", "seto al", "lahf", b = in(reg_byte) b,
-                p = out(reg) p, inout("rax") u64::from(a) => g, options(pure, nomem, nostack));
+            asm!("add al, 127", "sahf", "mov rax, {p}", "mul {b}", "mov {p}, rax", "seto al", "lahf",
+                b = in(reg_byte) b, p = inout(reg) u64::from(a) => p,
+                inout("rax") u64::from(f) => g, options(pure, nomem, nostack));
         }
         (p as u8, (p >> 8) as u8, g as u32 & 0xFFFF)
     }
     #[inline(always)]
-    fn imul(a: u8, b: u8, _: u32) -> (u8, u8, u32) {
+    fn imul(a: u8, b: u8, f: u32) -> (u8, u8, u32) {
         let (p, g): (u64, u64);
         // SAFETY: registers only.
         unsafe {
-            asm!("imul {b}", "mov {p}, rax", "seto al", "lahf", b = in(reg_byte) b,
-                p = out(reg) p, inout("rax") u64::from(a) => g, options(pure, nomem, nostack));
+            asm!("add al, 127", "sahf", "mov rax, {p}", "imul {b}", "mov {p}, rax", "seto al", "lahf",
+                b = in(reg_byte) b, p = inout(reg) u64::from(a) => p,
+                inout("rax") u64::from(f) => g, options(pure, nomem, nostack));
         }
         (p as u8, (p >> 8) as u8, g as u32 & 0xFFFF)
     }

@@ -1,7 +1,7 @@
 //! What is left of the general-purpose instructions: sign extension of the accumulator, flag
 //! bits, BCD, XLAT, BSWAP, the wide compare-and-exchanges, hints.
 
-use super::host::{AF, CF, OF, PF, SF, ZF};
+use super::host::{AF, Alu, CF, OF, PF, SF, ZF};
 use crate::soft::Cpu;
 use crate::soft::decode::{Lower, Next, reg_offset};
 use crate::soft::op::*;
@@ -198,9 +198,9 @@ fn aam(cpu: &mut Cpu, i: &Instruction) -> Result<Next, Stop> {
 
 fn aad(cpu: &mut Cpu, i: &Instruction) -> Result<Next, Stop> {
     let (al, ah): (u8, u8) = (cpu.get(0), cpu.get(1));
-    let v = al.wrapping_add(ah.wrapping_mul(i.immediate8()));
+    let (v, f) = u8::add(al, ah.wrapping_mul(i.immediate8()), cpu.fl);
     cpu.set(0, u16::from(v));
-    cpu.fl = szp(v);
+    cpu.fl = f;
     Ok(Next::Seq)
 }
 
@@ -212,7 +212,7 @@ fn cmpxchg8b(cpu: &mut Cpu, i: &Instruction) -> Result<Next, Stop> {
     let old = u64::from(cpu.get::<u32>(16)) << 32 | u64::from(cpu.get::<u32>(0));
     let new = u64::from(cpu.get::<u32>(8)) << 32 | u64::from(cpu.get::<u32>(24));
     // SAFETY: `wptr_locked` gives a pointer to the operand.
-    let (was, f) = unsafe { <u64 as super::host::Alu>::lock_cmpxchg(p, old, new, cpu.fl) };
+    let (was, f) = unsafe { u64::lock_cmpxchg(p, old, new, cpu.fl) };
     cpu.commit()?;
     if f & ZF != 0 {
         cpu.fl |= ZF;

@@ -192,9 +192,9 @@ impl StringOp for Cmps {
     const DST: bool = true;
     const COMPARES: bool = true;
     fn one<T: Alu>(cpu: &mut Cpu, o: &Op) -> Result<(), Stop> {
-        let a: T = src(cpu, o)?;
         let lin = dst_lin::<T>(cpu, o, false)?;
         let b: T = cpu.ld(lin)?;
+        let a: T = src(cpu, o)?;
         cpu.fl = T::sub(a, b, cpu.fl).1;
         Ok(())
     }
