@@ -148,7 +148,10 @@ class Node:
         return value if isinstance(value, str) else None
 
     def get(self, path: str) -> str | None:
-        """The expanded value of a leaf; None where it was not set."""
+        """The expanded value of a leaf; None where it was not set.
+
+        Raises ConfigError where references are too many or too deep, or go round.
+        """
         value = self.raw(path)
         if value is None or "%" not in value:
             return value
@@ -286,11 +289,9 @@ class _Expansion:
         if not path:
             log.warning("Empty reference in configuration value of %s", self._path)
             return ""
-        if depth >= DEPTH_MAX:
-            log.warning("Too many recursive references in value of %s", self._path)
-            return ""
         self._references += 1
-        if self._references > REFERENCES_MAX:
+        if depth >= DEPTH_MAX or self._references > REFERENCES_MAX:
+            # deviation: bhyve warns, and goes on with a value that is not meant.
             raise ConfigError(f"Too many references in the value of {self._path}")
         value = self._root.raw(path)
         if value is None:

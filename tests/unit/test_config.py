@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,12 +101,11 @@ def test_nodes_are_not_nested_without_end():
         (r"\%(name)", "%(name)"),
         (r"a\bc", r"a\bc"),  # no percent sign, no quoting
         (r"\b%(name)", "bvm1"),
-        ("%(self)", ""),
         ("trailing%(name)\\", "trailingvm1\\"),
     ],
 )
 def test_expansion(value, expanded):
-    config = config_of(name="vm1", twice="%(name)-%(name)", self="%(self)", v=value)
+    config = config_of(name="vm1", twice="%(name)-%(name)", v=value)
 
     assert config.get("v") == expanded
 
@@ -121,7 +122,13 @@ def test_references_go_fifteen_deep():
         config.set(f"v{depth}", f"%(v{depth - 1})")
 
     assert config.get("v15") == "end"
-    assert config.get("v16") == ""
+    with pytest.raises(ConfigError, match="Too many references in the value of v16"):
+        config.get("v16")
+
+
+def test_a_reference_to_itself_is_refused():
+    with pytest.raises(ConfigError, match="Too many references in the value of v"):
+        config_of(v="%(v)").get("v")
 
 
 def test_expansion_ends_when_references_multiply():
@@ -246,5 +253,6 @@ def test_a_dump_reads_back_as_the_same_tree(tmp_path_factory, assignments):
 def test_expansion_takes_any_text(first, second):
     config = config_of(a=first, b=second)
 
-    assert isinstance(config.get("a"), str)
-    assert isinstance(config.get("b"), str)
+    with contextlib.suppress(ConfigError):
+        assert isinstance(config.get("a"), str)
+        assert isinstance(config.get("b"), str)

@@ -216,7 +216,7 @@ def parse_args(argv: Sequence[str], config: Config) -> int | None:
         raise UsageError(f"unexpected argument '{words[1]}'")
     if words:
         config.set("name", words[0])
-    if not config.get("name"):
+    if config.get("name") is None:
         raise UsageError("no VM name")
     return None
 
