@@ -102,9 +102,10 @@ def control_path(name: str) -> Path:
 
 def _sweep(private: Path) -> None:
     """Remove the memory of VMs whose directories were removed by hand."""
-    for owner in private.glob("*/owner"):
-        if not owner.exists():
-            shutil.rmtree(owner.parent, ignore_errors=True)
+    for directory in private.iterdir():
+        owner = directory / "owner"
+        if owner.is_symlink() and not owner.exists():
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 class VmDir:
