@@ -26,6 +26,7 @@ USAGE: Final = """\
 usage: bhyveload [-CS] [-a cmdline] [-c console] [-e name=value] [-i initrd]
                  [-m memsize[K|k|M|m|G|g|T|t]] -k kernel vmname
 """
+OPTSTRING: Final = "CSa:c:d:e:h:i:k:l:m:"
 EXIT_FAILURE: Final = 1  # of everything but EX_USAGE, as in bhyve's bhyveload
 
 USERBOOT: Final = {
@@ -50,7 +51,7 @@ class Arguments:
 def parse(argv: Sequence[str]) -> Arguments:
     """Read a command line.  Raises UsageError, OptionError and NotAvailableError."""
     try:
-        options, rest = getopt.getopt(list(argv), "CSa:c:d:e:h:i:k:l:m:")
+        options, rest = getopt.getopt(list(argv), OPTSTRING)
     except getopt.GetoptError as error:
         raise UsageError(error.msg) from None
     arguments = Arguments()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,11 @@ def test_a_terminal_is_a_console() -> None:
         cli.main(["-CS", "-c", "/dev/null", "-c", "stdio", "-k", "kernel", "vm"]) == 0
     )
     VmCtx.open("vm").destroy()
+
+
+def test_the_manual_has_every_option_and_no_other() -> None:
+    man = (Path(__file__).parents[3] / "man" / "bhyveload.8").read_text()
+    documented = {f"-{letter}" for letter in re.findall(r"^\.It Fl (\w)", man, re.M)}
+    taken = {f"-{letter}" for letter in cli.OPTSTRING if letter != ":"}
+
+    assert documented == taken - cli.USERBOOT.keys()
