@@ -158,7 +158,7 @@ def test_kernel_does_not_fit_in_memory(refused, tmp_path: Path, linux: bytes) ->
         (ERROR, ["-o", "acpi_tables=perhaps"]),
         (USAGE, ["-?"]),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_bad_option(refused, status: int, option: list[str]) -> None:
     kernel = guests.compile_kernel("idle")
@@ -197,10 +197,12 @@ def test_nothing_to_boot(refused) -> None:
     assert "kernel" in line
 
 
-def test_no_such_machine(refused) -> None:
-    line = refused(1, "--vm=nothing", "--destroy", program="bhyvectl")
+def test_no_such_machine(programs: Programs) -> None:
+    done = programs.run("bhyvectl", "--vm=nothing", "--destroy")
 
-    assert "nothing" in line
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("vm_open: nothing could not be opened: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_refusal_leaves_no_machine(refused, programs: Programs) -> None:
