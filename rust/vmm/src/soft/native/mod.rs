@@ -35,9 +35,11 @@ mod stub;
 #[cfg(test)]
 mod tests;
 mod x87;
+mod xsave;
 
 use super::decode::Lower;
 use super::op::{Handler, MAX_OPS};
+use super::state::Fpu;
 use codebuf::CodeBuf;
 use iced_x86::{CpuidFeature, Instruction, InstructionInfoFactory};
 use std::collections::HashMap;
@@ -59,6 +61,8 @@ impl Class {
     pub const MMX: u8 = 1 << 3;
     /// Obeys MXCSR and sets its flags.
     pub const FP: u8 = 1 << 4;
+    /// x87: `Native::image` goes in and out.
+    pub const X87: u8 = 1 << 5;
 
     pub fn vex(self) -> bool {
         self.0 & Self::VEX != 0
@@ -66,6 +70,10 @@ impl Class {
 
     pub fn mmx(self) -> bool {
         self.0 & Self::MMX != 0
+    }
+
+    pub fn x87(self) -> bool {
+        self.0 & Self::X87 != 0
     }
 
     pub fn mxcsr(self) -> bool {
@@ -77,11 +85,22 @@ impl Class {
 #[repr(C, align(64))]
 struct Bounce([u8; 64]);
 
+/// What FXSAVE64 and FXRSTOR64 use.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Image {
+    fpu: Fpu,
+    /// XMM registers, which are of no interest here, and unused space.
+    rest: [u64; 44],
+}
+
 /// Generated code of a vCPU.
 pub struct Native {
     /// What the host's MXCSR is outside of stubs.
     host_mxcsr: u32,
     bounce: Bounce,
+    /// The x87 state while an instruction uses it.
+    image: Image,
     code: Option<CodeBuf>,
     /// By what `stub::normalise` makes of an instruction.
     stubs: HashMap<Instruction, Stub>,
@@ -93,6 +112,7 @@ impl Default for Native {
         Native {
             host_mxcsr: 0x1F80,
             bounce: Bounce([0; 64]),
+            image: Image { fpu: Fpu::RESET, rest: [0; 44] },
             code: None,
             stubs: HashMap::new(),
             info: InstructionInfoFactory::new(),
@@ -161,5 +181,8 @@ fn covered(f: CpuidFeature) -> bool {
 
 /// Handler for a vector, x87 or bit-manipulation instruction; None: not one.
 pub fn lower(l: &mut Lower, native: &mut Native) -> Option<Handler> {
-    special::lower(l, native).or_else(|| simd::lower(l, native))
+    x87::lower(l, native)
+        .or_else(|| xsave::lower(l))
+        .or_else(|| special::lower(l, native))
+        .or_else(|| simd::lower(l, native))
 }

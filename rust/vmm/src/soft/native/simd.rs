@@ -28,7 +28,8 @@ pub mod mxcsr {
 
 /// FSW: an unmasked x87 exception is pending.
 pub const FSW_ES: u16 = 1 << 7;
-const FSW_TOP: u16 = 7 << 11;
+/// FSW: which physical register is ST(0).
+pub const FSW_TOP: u16 = 7 << 11;
 
 /// Raise what the processor's mode forbids, or go on; MMX instructions enter MMX mode.
 #[inline(always)]
@@ -68,17 +69,11 @@ fn refused(cpu: &mut Cpu, class: Class) -> Result<(), Stop> {
     }
     if has(Class::MMX) {
         super::x87::pending(cpu)?;
-        enter_mmx(&mut cpu.fpu);
+        // MMX registers are the physical x87 registers: TOP becomes 0, and nothing is empty.
+        cpu.fpu.set_fsw(cpu.fpu.fsw & !FSW_TOP);
+        cpu.fpu.ftw = 0xFF;
     }
     Ok(())
-}
-
-/// MMX registers are the physical x87 registers: TOP becomes 0 and nothing is empty.
-fn enter_mmx(fpu: &mut Fpu) {
-    let top = usize::from((fpu.fsw & FSW_TOP) >> 11);
-    fpu.st.rotate_right(top);
-    fpu.fsw &= !FSW_TOP;
-    fpu.ftw = 0xFF;
 }
 
 /// Run the op's instruction on `mem`.
@@ -173,7 +168,7 @@ fn source(cpu: &mut Cpu, op: &Op) -> Result<*mut u8, Stop> {
 
 #[cold]
 #[inline(never)]
-fn bounced(cpu: &mut Cpu, lin: u64, size: usize) -> Result<*mut u8, Stop> {
+pub fn bounced(cpu: &mut Cpu, lin: u64, size: usize) -> Result<*mut u8, Stop> {
     let mut b = [0; 64];
     cpu.read_lin(lin, &mut b[..size], Right::Current)?;
     cpu.native.bounce.0 = b;

@@ -185,6 +185,10 @@ pub fn build(insn: &Instruction, class: Class, info: &mut InstructionInfoFactory
         .any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_ymm());
 
     let mut a = Assembler(Encoder::new(64));
+    let image = field(offset_of!(Cpu, native) + offset_of!(Native, image));
+    if class.x87() {
+        a.emit(&Instruction::with1(Code::Fxrstor64_m512byte, image).expect("fxrstor"));
+    }
     for g in gprs.iter().filter(|g| g.read) {
         let offset = offset_of!(Cpu, r) + usize::from(g.offset);
         if g.offset % 8 == 0 {
@@ -246,6 +250,11 @@ pub fn build(insn: &Instruction, class: Class, info: &mut InstructionInfoFactory
         a.store(Code::Movq_mmm64_mm, st(v.number), Register::MM0 + v.number);
         let exponent = field(st(v.number) + 8);
         a.emit(&Instruction::with2(Code::Mov_rm16_imm16, exponent, 0xFFFF).expect("mov"));
+    }
+    if class.x87() {
+        // Neither of these reports what may be pending.
+        a.emit(&Instruction::with1(Code::Fxsave64_m512byte, image).expect("fxsave"));
+        a.emit(&Instruction::with(Code::Fninit));
     }
     if class.mmx() {
         a.emit(&Instruction::with(Code::Emms));
