@@ -59,7 +59,7 @@ class Rtc(Device):
         self._machine.vm.rtc_settime(calendar.timegm(fields))
 
     def reset(self) -> None:
-        """The memory sizes again; the time goes on, as on battery."""
+        """The memory sizes, and the host's time, again."""
         self._init_nvram()
         self._set_time()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -279,6 +280,50 @@ def test_no_configuration_write_raises_or_changes_identity(build, index):
                     cfg_write(machine, slot, reg, size, value)
                     assert 0 <= cfg_read(machine, slot, reg, size) < 1 << 8 * size
         assert before == (cfg_read(machine, slot, 0), cfg_read(machine, slot, 8))
+
+
+def test_every_byte_value_at_every_offset(build):
+    machine = build("0,hostbridge", "3,dummy", "4,uart", "31,lpc")
+    host = pci_host(machine)
+    for slot in (0, 3, 4, 31):
+        for offset in range(CONFIG_SIZE):
+            for value in range(256):
+                host.config_write(0, slot, 0, offset, 1, value)
+            assert 0 <= host.config_read(0, slot, 0, offset, 1) < 256
+
+
+def test_vcpus_use_bars_while_another_moves_them(build):
+    """A BAR that goes away under an access is no error, whoever wins."""
+    machine = build("3,dummy", "4,dummy", cpus=2)
+    host = pci_host(machine)
+    failures = []
+    stop = threading.Event()
+
+    def use() -> None:
+        rng = random.Random(5)
+        try:
+            while not stop.is_set():
+                machine.inout.read(0x2000 + rng.randrange(0x40), 4)
+                machine.inout.write(0x2000 + rng.randrange(0x40), 4, 1)
+                machine.mem.read(1, 0xC0000000 + rng.randrange(0x4000), 4)
+                machine.mem.write(1, 0xC0000000 + rng.randrange(0x4000), 4, 1)
+        except Exception as error:
+            failures.append(error)
+
+    users = [threading.Thread(target=use) for _ in range(2)]
+    for user in users:
+        user.start()
+    rng = random.Random(6)
+    for _ in range(3000):
+        slot = rng.choice([3, 4])
+        host.config_write(0, slot, 0, 0x10, 4, 0x2000 + 8 * rng.randrange(8))
+        host.config_write(0, slot, 0, 0x14, 4, 0xC0000000 + 0x1000 * rng.randrange(4))
+        host.config_write(0, slot, 0, 0x04, 2, rng.choice([3, 7, 0]))
+    stop.set()
+    for user in users:
+        user.join()
+
+    assert failures == []
 
 
 def test_random_configuration_then_round_trip(build):
