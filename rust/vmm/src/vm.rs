@@ -26,11 +26,11 @@ use crate::vcpu::{Acting, Frozen, Vcpu};
 /// xAPIC ids are 8 bits, and 255 is broadcast.
 pub const MAXCPUS: u32 = 255;
 
-const LAPIC: u64 = 0xfee0_0000;
-const IOAPIC: u64 = 0xfec0_0000;
-const HPET: u64 = 0xfed0_0000;
-const APIC_SIZE: u64 = 0x1000;
-const HPET_SIZE: u64 = 0x400;
+const LAPIC: u64 = io::vlapic::BASE;
+const IOAPIC: u64 = io::vioapic::BASE;
+const HPET: u64 = io::vhpet::BASE;
+const APIC_SIZE: u64 = io::vlapic::LEN;
+const HPET_SIZE: u64 = io::vhpet::LEN;
 
 /// How vCPUs make up packages, cores and threads; CPUID shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -703,6 +703,8 @@ impl Platform for Vm {
         for vcpu in &self.vcpus {
             vcpu.lapic.lint(self, 0, level);
         }
+        // bhyve: INTR is wired to IOAPIC pin 0 as well, for kernels that route it from there.
+        self.ioapic.set_irq(self, 0, level);
     }
 }
 

@@ -12,10 +12,10 @@ use serde::{Deserialize, Serialize};
 use super::{StateError, check_version, lock, read_ports, write_ports};
 use crate::platform::{NotDecoded, Platform};
 
-pub const MASTER: u16 = 0x20;
-pub const SLAVE: u16 = 0xa0;
-pub const ELCR: u16 = 0x4d0;
-pub const ELCR2: u16 = 0x4d1;
+const MASTER: u16 = 0x20;
+const SLAVE: u16 = 0xa0;
+const ELCR: u16 = 0x4d0;
+const ELCR2: u16 = 0x4d1;
 
 const LINES: u8 = 16;
 const CASCADE_LINE: u8 = 2;

@@ -16,12 +16,12 @@ use super::{
 use crate::platform::{Callout, NotDecoded, Platform};
 
 /// Input clock of the three counters.
-pub const HZ: u64 = 1_193_182;
+const HZ: u64 = 1_193_182;
 
-pub const COUNTER0: u16 = 0x40;
+const COUNTER0: u16 = 0x40;
 const COUNTER2: u16 = 0x42;
-pub const CONTROL: u16 = 0x43;
-pub const NMISC: u16 = 0x61;
+const CONTROL: u16 = 0x43;
+const NMISC: u16 = 0x61;
 
 /// ISA line and IOAPIC pin of counter 0.
 const PIC_IRQ: u8 = 0;
@@ -225,6 +225,7 @@ impl CounterState {
                 // The first byte stops a count in mode 0, and OUT is low.
                 if self.mode == TERMINAL_COUNT {
                     self.count = 0;
+                    self.stopped = None;
                 }
             }
             (_, Some(low)) => {
@@ -730,7 +731,8 @@ mod tests {
     fn gate_of_counter_2() {
         // Mode, OUT while the gate is low, and at ticks after it has risen again at 100 ticks,
         // 40 of 60 having passed.
-        let table: &[(u8, bool, &[(u64, bool)])] = &[
+        type Samples<'a> = &'a [(u64, bool)];
+        let table: &[(u8, bool, Samples)] = &[
             (0x30, false, &[(19, false), (20, true)]),
             (0x32, true, &[(1, false), (60, false), (61, true)]),
             (0x34, true, &[(1, true), (60, false), (61, true)]),

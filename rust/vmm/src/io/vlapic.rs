@@ -17,8 +17,10 @@ use super::{
 use crate::platform::{Callout, DeliveryMode, NotDecoded, Platform};
 
 /// Timer clock before the divide configuration register, in Hz.
-pub const TIMER_HZ: u64 = 1 << 27;
+const TIMER_HZ: u64 = 1 << 27;
 pub const BASE: u64 = 0xfee0_0000;
+/// Bytes of address space.
+pub const LEN: u64 = 0x1000;
 
 /// IA32_APIC_BASE (SDM 11.4.4, 11.12.1).
 pub const APICBASE_BSP: u64 = 1 << 8;
@@ -1224,7 +1226,9 @@ mod tests {
     /// SDM 11.8.3.1: what is delivered, by TPR, vectors in service and vectors requested.
     #[test]
     fn priorities() {
-        let table: &[(u8, &[u8], &[u8], u8, Option<u8>)] = &[
+        type Vectors<'a> = &'a [u8];
+        // TPR, in service, requested; PPR, delivered.
+        let table: &[(u8, Vectors, Vectors, u8, Option<u8>)] = &[
             (0x00, &[], &[], 0x00, None),
             (0x00, &[], &[0x31], 0x00, Some(0x31)),
             (0x00, &[], &[0x31, 0xef, 0x40], 0x00, Some(0xef)),

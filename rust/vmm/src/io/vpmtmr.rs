@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::{StateError, check_version, lock, ns_to_ticks, read_ports};
 use crate::platform::{NotDecoded, Platform};
 
-pub const HZ: u64 = 3_579_545;
-pub const PORT: u16 = 0x408;
+const HZ: u64 = 3_579_545;
+const PORT: u16 = 0x408;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {

@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use super::{StateError, check_version, lock, ns_to_ticks, read_ports, ticks_to_ns, write_ports};
 use crate::platform::{Callout, NotDecoded, Platform};
 
-pub const INDEX: u16 = 0x70;
-pub const DATA: u16 = 0x71;
+const INDEX: u16 = 0x70;
+const DATA: u16 = 0x71;
 
 /// ISA line, on PIC and IOAPIC.
 const IRQ: u8 = 8;
