@@ -9,7 +9,8 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from pybhyve.bhyveload.plan import FOUR_GIB, PAGE, CpuState, LoadPlan
+from pybhyve.amd64.e820 import FOUR_GIB
+from pybhyve.bhyveload.plan import PAGE, CpuState, LoadPlan
 
 CODE_SELECTOR: Final = 0x10
 DATA_SELECTOR: Final = 0x18

@@ -21,7 +21,9 @@ def make_plan(
 ) -> tuple[LoadPlan, CpuState]:
     """What goes where in a VM with so much memory, and the state of vCPU 0.
 
-    See :func:`pybhyve.bhyveload.loader.load` for the arguments.  Raises ImageError.
+    The format is found out: Linux bzImage, ELF with a PVH entry, Multiboot 2 or 1.
+    Without a command line the kernel gets one that makes Linux talk on com1; the
+    ``name=value`` words of ``env`` follow it.  Raises ImageError.
     """
     plan = LoadPlan(lowmem, highmem)
     initrd_data = None

@@ -10,9 +10,10 @@ from __future__ import annotations
 import struct
 from typing import Final, NamedTuple
 
+from pybhyve.amd64.e820 import FOUR_GIB
 from pybhyve.bhyveload.entry import enter32, enter64
 from pybhyve.bhyveload.image import Image
-from pybhyve.bhyveload.plan import FOUR_GIB, HIGH_START, CpuState, LoadPlan
+from pybhyve.bhyveload.plan import HIGH_START, CpuState, LoadPlan
 from pybhyve.errors import ImageError
 
 DEFAULT_CMDLINE: Final = "console=ttyS0"
@@ -216,11 +217,11 @@ def _zero_page(
         (RAMDISK_SIZE, "<I", initrd_size & 0xFFFFFFFF),
         (EXT_RAMDISK_SIZE, "<I", initrd_size >> 32),
         (SETUP_DATA, "<Q", 0),
-        (E820_ENTRIES, "<B", len(plan.e820())),
+        (E820_ENTRIES, "<B", len(plan.e820.entries)),
     ):
         struct.pack_into(format, page, offset, value)
     # acpi_rsdp_addr stays 0: whether `bhyve` will make ACPI tables is not known here,
     # and it puts them where a kernel without an address looks (0xF2400).
-    for n, entry in enumerate(plan.e820()):
-        struct.pack_into("<QQI", page, E820_TABLE + 20 * n, *entry)
+    e820 = plan.e820.to_bytes()
+    page[E820_TABLE : E820_TABLE + len(e820)] = e820
     return bytes(page)

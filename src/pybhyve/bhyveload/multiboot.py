@@ -154,7 +154,8 @@ def load(
         module = MODULE.pack(start, start + len(initrd), empty, 0)
         mods_addr = plan.place_lowest("the module list", module)
     mmap = b"".join(
-        MMAP_ENTRY.pack(MMAP_ENTRY.size - 4, *entry) for entry in plan.e820()
+        MMAP_ENTRY.pack(MMAP_ENTRY.size - 4, line.base, line.end - line.base, line.type)
+        for line in plan.e820.entries
     )
     info = INFO.pack(
         INFO_MEMORY | INFO_CMDLINE | INFO_MODS | INFO_MMAP | INFO_LOADER_NAME,

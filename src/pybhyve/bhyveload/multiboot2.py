@@ -144,7 +144,10 @@ def load(
         start = place_module(plan, initrd)
         module = struct.pack("<2I", start, start + len(initrd)) + b"\0"
         tags.append(_tag(INFO_MODULE, module))
-    mmap = b"".join(MMAP_ENTRY.pack(*line, 0) for line in plan.e820())
+    mmap = b"".join(
+        MMAP_ENTRY.pack(line.base, line.end - line.base, line.type, 0)
+        for line in plan.e820.entries
+    )
     tags.append(_tag(INFO_MMAP, struct.pack("<2I", MMAP_ENTRY.size, 0) + mmap))
     tags.append(_tag(INFO_END, b""))
     body = b"".join(tags)

@@ -12,22 +12,17 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from pybhyve.amd64.e820 import E820, FOUR_GIB, RAM
 from pybhyve.errors import ImageError
+from pybhyve.vmmapi import LOWMEM_LIMIT, MB
 
 Bytes = bytes | bytearray | memoryview
 
 PAGE: Final = 4096
-MIB: Final = 1 << 20
-LOW_END: Final = 0xA0000  # behind it VGA memory, option ROMs and the firmware area
 HIGH_START: Final = 0x100000
-LOWMEM_LIMIT: Final = 0xC0000000  # no RAM from here to 4 GiB
-FOUR_GIB: Final = 1 << 32
 
 # Interrupt vectors and BIOS data area of real mode: a guest may go back there.
 FIRST_FREE: Final = 0x1000
-
-E820_RAM: Final = 1
-E820_RESERVED: Final = 2
 
 
 class Range(NamedTuple):
@@ -35,14 +30,6 @@ class Range(NamedTuple):
 
     start: int
     end: int
-
-
-class E820Entry(NamedTuple):
-    """One line of the memory map given to the guest (ACPI 6.5, 15)."""
-
-    base: int
-    length: int
-    type: int
 
 
 class Piece(NamedTuple):
@@ -71,21 +58,13 @@ class LoadPlan:
         self.lowmem = lowmem
         self.highmem = highmem
         self.pieces: list[Piece] = []  # by rising gpa
+        self.e820 = E820(lowmem, highmem)
+        """The memory map for the guest."""
         self.ram = [
-            Range(start, end)
-            for start, end in (
-                (0, min(lowmem, LOW_END)),
-                (HIGH_START, lowmem),
-                (FOUR_GIB, FOUR_GIB + highmem),
-            )
-            if start < end
+            Range(entry.base, entry.end)
+            for entry in self.e820.entries
+            if entry.type == RAM
         ]
-
-    def e820(self) -> list[E820Entry]:
-        """The memory map for the guest: RAM, and the legacy hole below 1 MiB."""
-        entries = [E820Entry(start, end - start, E820_RAM) for start, end in self.ram]
-        entries.append(E820Entry(LOW_END, HIGH_START - LOW_END, E820_RESERVED))
-        return sorted(entries)
 
     def place(self, name: str, gpa: int, data: Bytes, size: int = 0) -> int:
         """Put ``data`` at ``gpa``; it owns ``size`` bytes if that is more.
@@ -97,8 +76,8 @@ class LoadPlan:
         if not any(start <= gpa and end <= stop for start, stop in self.ram):
             if self.lowmem < end <= LOWMEM_LIMIT:
                 raise ImageError(
-                    f"{name} needs {-(-end // MIB)} MiB of memory,"
-                    f" and the VM has {self.lowmem // MIB}"
+                    f"{name} needs {-(-end // MB)} MiB of memory,"
+                    f" and the VM has {self.lowmem // MB}"
                 )
             raise ImageError(
                 f"{name} belongs at {gpa:#x} to {end:#x}, where the VM has no memory"

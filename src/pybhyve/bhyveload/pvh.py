@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Final
 
+from pybhyve.amd64.e820 import FOUR_GIB
 from pybhyve.bhyveload import elf
 from pybhyve.bhyveload.elf import Elf
 from pybhyve.bhyveload.entry import enter32
 from pybhyve.bhyveload.image import Image
-from pybhyve.bhyveload.plan import FOUR_GIB, CpuState, LoadPlan
+from pybhyve.bhyveload.plan import CpuState, LoadPlan
 from pybhyve.errors import ImageError
 from pybhyve.layout import Layout
 
@@ -56,7 +57,10 @@ def load(
         modlist_gpa = plan.place_lowest(
             "the module list", MODLIST_ENTRY.pack(module, len(initrd), 0, 0)
         )
-    memmap = [MEMMAP_ENTRY.pack(*entry, 0) for entry in plan.e820()]
+    memmap = [
+        MEMMAP_ENTRY.pack(line.base, line.end - line.base, line.type, 0)
+        for line in plan.e820.entries
+    ]
     start_info = START_INFO.pack(
         START_MAGIC,
         START_VERSION,

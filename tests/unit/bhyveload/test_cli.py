@@ -103,7 +103,7 @@ def test_memory_above_3_gib() -> None:
 
     ctx = VmCtx.open("vm")
     (rsi,) = registers(ctx, "rsi")
-    high = ctx.read(rsi + 0x2D0 + 60, 20)
+    high = ctx.read(rsi + 0x2D0 + 80, 20)
     assert (
         high == (4 * GB).to_bytes(8, "little") + GB.to_bytes(8, "little") + b"\1\0\0\0"
     )

@@ -99,10 +99,11 @@ class TestLinux:
         initrd, size = struct.unpack_from("<2I", page, 0x218)
         assert (size, got.read(initrd, size)) == (5000, b"I" * 5000)
         assert initrd % 4096 == 0
-        assert page[0x1E8] == 3
-        assert [struct.unpack_from("<QQI", page, 0x2D0 + 20 * n) for n in range(3)] == [
+        assert page[0x1E8] == 4
+        assert [struct.unpack_from("<QQI", page, 0x2D0 + 20 * n) for n in range(4)] == [
             (0, 0xA0000, 1),
-            (0xA0000, 0x60000, 2),
+            (0xA0000, 0x20000, 2),
+            (0xC0000, 0x40000, 2),
             (0x100000, 255 * MIB, 1),
         ]
 
@@ -215,8 +216,8 @@ class TestPvh:
         assert got.string(cmdline) == b"root=/dev/vda"
         module, size, _, _ = struct.unpack("<4Q", got.read(modlist, 32))
         assert got.read(module, size) == b"initrd"
-        assert entries == 3
-        assert struct.unpack("<2Q2I", got.read(memmap + 48, 24)) == (
+        assert entries == 4
+        assert struct.unpack("<2Q2I", got.read(memmap + 72, 24)) == (
             *(MIB, 255 * MIB),
             *(1, 0),
         )
@@ -320,7 +321,7 @@ class TestMultiboot:
         assert got.read(start, end - start) == b"module"
         assert start % 4096 == 0
         assert got.string(string) == b""
-        assert mmap_length == 3 * 24
+        assert mmap_length == 4 * 24
         assert struct.unpack("<I2QI", got.read(mmap, 24)) == (20, 0, 0xA0000, 1)
         assert got.string(got.u32(info + 64)) == b"bhyveload"
 
@@ -383,7 +384,7 @@ class TestMultiboot2:
         assert got.read(start, end - start) == b"module"
         assert struct.unpack("<2I", tags[4]) == (640, 255 * 1024)
         assert struct.unpack("<2I", tags[6][:8]) == (24, 0)
-        assert len(tags[6]) == 8 + 3 * 24
+        assert len(tags[6]) == 8 + 4 * 24
 
     def test_loading_from_the_start_of_the_file(self, boot) -> None:
         image = kludge2(load=0xFFFFFFFF)

@@ -6,19 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pybhyve.bhyveload.plan import E820Entry, LoadPlan
+from pybhyve.bhyveload.plan import LoadPlan
 from pybhyve.errors import ImageError
 
 MIB = 1 << 20
 GIB = 1 << 30
 
 
-def test_the_memory_map_has_the_legacy_hole_and_high_memory() -> None:
-    assert LoadPlan(3 * GIB, GIB).e820() == [
-        E820Entry(0, 0xA0000, 1),
-        E820Entry(0xA0000, 0x60000, 2),
-        E820Entry(0x100000, 3 * GIB - MIB, 1),
-        E820Entry(4 * GIB, GIB, 1),
+def test_ram_is_what_the_memory_map_says() -> None:
+    assert LoadPlan(3 * GIB, GIB).ram == [
+        (0, 0xA0000),
+        (0x100000, 3 * GIB),
+        (4 * GIB, 5 * GIB),
     ]
 
 
