@@ -133,6 +133,10 @@ impl Cpu {
             self.injected = Some(e);
             return Err(Undelivered::Exit);
         }
+        if self.exc.vector == vec::PF {
+            // Also when it makes a double fault: kernels tell a stack overflow by it.
+            self.cr2 = self.exc.payload;
+        }
         match combine(first, self.exc) {
             Some(next) => {
                 self.exc = next;

@@ -223,7 +223,7 @@ impl Msrs {
             nr::MTRR_PHYSBASE0..=nr::MTRR_PHYSMASK9 => {
                 let i = (msr - nr::MTRR_PHYSBASE0) as usize;
                 let good = physical
-                    && if i % 2 == 0 {
+                    && if i.is_multiple_of(2) {
                         value & 0xF00 == 0 && memory_types(value & 0xFF, false)
                     } else {
                         value & 0x7FF == 0
@@ -261,7 +261,7 @@ impl Cpu {
         }
         let p: &dyn Platform = self.vm();
         let vcpu = self.vcpu();
-        let ratio = p.tsc_hz() / 100_000_000 & 0xFF;
+        let ratio = (p.tsc_hz() / 100_000_000) & 0xFF;
         Ok(match msr {
             nr::EFER => self.efer,
             nr::FS_BASE => self.seg[FS as usize].base,
@@ -384,13 +384,16 @@ mod tests {
             .collect();
         let value = |i: usize, msr: u32| match msr {
             nr::MTRR_PHYSBASE0..=nr::MTRR_PHYSMASK9 => (i as u64 + 1) << 12,
-            _ => 6 | (i as u64 & 1) << 8 | 4 << (8 * (i & 3) + 16) | 5 << (8 * (i >> 2 & 3) + 24),
+            _ => {
+                let types = [0, 1, 4, 5, 6];
+                u64::from_le_bytes([types[i % 5], types[i / 5 % 5], types[i / 25], 0, 0, 0, 0, 0])
+            }
         };
         for (i, &msr) in all.iter().enumerate() {
-            let v = value(i, msr) & 0x0606_0606_0606_0606 | value(i, msr) & 0x0101;
-            if m.store(msr, v) != Some(true) {
-                assert_eq!(m.store(msr, value(i, msr) & !0xFFF), Some(true), "{msr:#x}");
-            }
+            assert_eq!(m.store(msr, value(i, msr)), Some(true), "{msr:#x}");
+        }
+        for (i, &msr) in all.iter().enumerate() {
+            assert_eq!(m.stored(msr), Some(value(i, msr)), "{msr:#x}");
         }
         for msr in [nr::EFER, nr::FS_BASE, nr::X2APIC_FIRST, 0x4000_0000] {
             assert_eq!(m.stored(msr), None, "{msr:#x} is not plain storage");
