@@ -5,10 +5,15 @@ Nothing else imports `pybhyve._vmm`.
 
 from __future__ import annotations
 
-from typing import Final
-
 from pybhyve._vmm import CAPABILITIES, REGISTERS, MemView, Vcpu, Vm, VmmError
-from pybhyve.vmmapi.ctx import VM_BOOTROM, VM_FRAMEBUFFER, VM_PCIROM, VmCtx, VmPhase
+from pybhyve.vmmapi.ctx import (
+    VM_BOOTROM,
+    VM_FRAMEBUFFER,
+    VM_MAXCPU,
+    VM_PCIROM,
+    VmCtx,
+    VmPhase,
+)
 from pybhyve.vmmapi.exits import Exit, SuspendHow
 from pybhyve.vmmapi.memory import (
     GB,
@@ -45,6 +50,3 @@ __all__ = [
     "parse_memsize",
     "size_text",
 ]
-
-VM_MAXCPU: Final = 254
-"""The most vCPUs a VM can have: xAPIC ids are 8 bits, 255 is everybody."""

@@ -16,6 +16,8 @@ from pybhyve.vmmapi.exits import SuspendHow
 from pybhyve.vmmapi.memory import HIGHMEM_BASE, LOWMEM_LIMIT, PAGE_SIZE, size_text
 from pybhyve.vmmapi.registry import VmDir
 
+VM_MAXCPU: Final = 254
+"""The most vCPUs a VM can have: xAPIC ids are 8 bits, 255 is everybody."""
 DOMAINS_MAX: Final = 8  # NUMA domains; segment ids 0 to 7 are theirs
 VM_BOOTROM: Final = 8
 VM_FRAMEBUFFER: Final = 9
@@ -73,9 +75,19 @@ class VmCtx:
             if reinit:
                 directory.discard()
             state = directory.load_state() or {}
-            ctx = cls(directory, maxcpus or int(state.get("maxcpus", 1)))
+            saved = int(state.get("maxcpus", 1))
+            if not 0 < saved <= VM_MAXCPU:
+                raise ValueError(f"{saved} vCPUs")  # noqa: TRY301  # with its likes
+            ctx = cls(directory, maxcpus or saved)
             ctx._restore(state)
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            IndexError,
+            OverflowError,
+            VmmError,
+        ) as error:
             directory.close()
             raise VmError(
                 f"the state of VM '{name}' is damaged: destroy the VM"
@@ -122,6 +134,7 @@ class VmCtx:
                     f"not {size_text(sum(sizes))}"
                 )
             return
+        self.directory.make_memory(sum(sizes))
         low = high = 0
         for segid, length in enumerate(sizes):
             fd = self.directory.open_memory(_segment_file(segid), length)

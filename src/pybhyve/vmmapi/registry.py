@@ -100,6 +100,12 @@ def control_path(name: str) -> Path:
     return run_dir() / check_name(name) / "control"
 
 
+def _free_space(where: Path | int) -> int:
+    """The bytes that a file system has for this user."""
+    space = os.statvfs(where)
+    return space.f_bavail * space.f_frsize
+
+
 def _sweep(private: Path) -> None:
     """Remove the memory of VMs whose directories were removed by hand."""
     for directory in private.iterdir():
@@ -199,31 +205,70 @@ class VmDir:
         """The control socket.  Its length may be above a socket address's limit."""
         return self.path / "control"
 
+    def make_memory(self, size: int) -> None:
+        """Find a place for ``size`` bytes of memory, unless the VM has memory already.
+
+        It is on tmpfs if there is room, so that guest RAM is not written back to a
+        disk.  Raises MemorySizeError where no place has room.
+        """
+        link = self.path / "memory"
+        if link.is_symlink() and not link.exists():
+            link.unlink()  # the host has restarted, its tmpfs is empty
+        if link.exists():
+            return
+        places = [self.path.parent]
+        if SHM.is_dir() and not _is_tmpfs(self.path):
+            places.insert(0, SHM)
+        small: list[str] = []
+        for place in places:
+            free = _free_space(place)
+            if size <= free:
+                break
+            small.append(f"{place} has {size_text(free)} free")
+        else:
+            raise MemorySizeError(
+                f"memory.size {size_text(size)} does not fit: {', '.join(small)}"
+            )
+        try:
+            if place == SHM:
+                link.symlink_to(self._make_shm())
+            else:
+                link.mkdir(mode=0o700)
+        except OSError as error:
+            raise VmError(f"cannot make a memory directory in {place}") from error
+
+    def _make_shm(self) -> Path:
+        """A directory of this VM on /dev/shm, where run directories share one."""
+        private = SHM / f"pybhyve-{os.geteuid()}"
+        _private_dir(private, "memory directory")
+        _sweep(private)
+        directory = Path(tempfile.mkdtemp(prefix=f"{self.name[:64]}-", dir=private))
+        (directory / "owner").symlink_to(self.path.resolve())
+        return directory
+
     def open_memory(self, segment: str, size: int) -> int:
         """A descriptor of the file behind a memory segment of ``size`` bytes.
 
         A file that exists keeps its contents.  Raises MemorySizeError where its size is
-        another, or where the host has less free memory.
+        another, or where the host has less free memory by now.
         """
-        directory = self._memory_dir()
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            fd = os.open(directory / segment, flags, 0o600)
-            found = os.fstat(fd)
+            fd = os.open(self.path / "memory" / segment, flags, 0o600)
         except OSError as error:
             raise VmError(f"cannot open the memory of VM '{self.name}'") from error
         try:
+            found = os.fstat(fd)
             if found.st_size not in (0, size):
                 raise MemorySizeError(
                     f"VM '{self.name}' was made with {size_text(found.st_size)} of "
                     f"memory, not {size_text(size)}: destroy it first"
                 )
-            space = os.fstatvfs(fd)
-            free = space.f_bavail * space.f_frsize
+            free = _free_space(fd)
             if size - found.st_blocks * 512 > free:
                 raise MemorySizeError(
-                    f"memory.size {size_text(size)} does not fit: {directory.parent} "
-                    f"has {size_text(free)} free"
+                    f"memory of {size_text(size)} no longer fits: "
+                    f"{size_text(free)} are free"
                 )
             try:
                 os.ftruncate(fd, size)
@@ -232,33 +277,9 @@ class VmDir:
                     f"memory.size {size_text(size)} does not fit"
                 ) from error
         except VmError:
-            if found.st_size == 0:
-                self.discard()
             os.close(fd)
             raise
         return fd
-
-    def _memory_dir(self) -> Path:
-        """A directory on tmpfs, so that guest RAM is not written back to a disk."""
-        link = self.path / "memory"
-        if link.is_symlink() and not link.exists():
-            link.unlink()  # the host has restarted, its tmpfs is empty
-        if link.exists():
-            return link.resolve()
-        if _is_tmpfs(self.path) or not SHM.is_dir():
-            link.mkdir(mode=0o700)
-            return link
-        private = SHM / f"pybhyve-{os.geteuid()}"
-        _private_dir(private, "memory directory")
-        _sweep(private)
-        try:
-            # Run directories are many, this is one: the same name may be here twice.
-            directory = Path(tempfile.mkdtemp(prefix=f"{self.name[:64]}-", dir=private))
-            (directory / "owner").symlink_to(self.path.resolve())
-            link.symlink_to(directory)
-        except OSError as error:
-            raise VmError(f"cannot make a memory directory in {private}") from error
-        return directory
 
     def has_memory(self) -> bool:
         """Whether memory files are there: not so after the host restarted."""

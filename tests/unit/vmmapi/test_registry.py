@@ -22,8 +22,8 @@ from pybhyve.errors import (
     VmNameError,
     VmNotFoundError,
 )
-from pybhyve.vmmapi import MB
-from pybhyve.vmmapi.registry import VmDir, _decoded, _encoded, run_dir
+from pybhyve.vmmapi import MB, registry
+from pybhyve.vmmapi.registry import SHM, VmDir, _decoded, _encoded, run_dir
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +143,7 @@ def test_a_vm_whose_user_was_killed_is_free():
 
 def test_destroying_removes_everything(rundir):
     vm = VmDir.create("vm")
-    os.close(vm.open_memory("sysmem", MB))
+    os.close(memory_of(vm))
     memory = (vm.path / "memory").resolve()
     vm.save_state({"a": 1})
 
@@ -153,17 +153,22 @@ def test_destroying_removes_everything(rundir):
     assert list(rundir.iterdir()) == []
 
 
+def memory_of(vm: VmDir, size: int = MB) -> int:
+    vm.make_memory(size)
+    return vm.open_memory("sysmem", size)
+
+
 # -- memory ----------------------------------------------------------------------------
 
 
 def test_memory_keeps_its_contents():
     with VmDir.create("vm") as vm:
-        fd = vm.open_memory("sysmem", MB)
+        fd = memory_of(vm)
         os.pwrite(fd, b"kept", 4096)
         os.close(fd)
 
     with VmDir.open("vm") as vm:
-        fd = vm.open_memory("sysmem", MB)
+        fd = memory_of(vm)
         assert os.pread(fd, 4, 4096) == b"kept"
         assert os.fstat(fd).st_size == MB
         assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o600
@@ -172,7 +177,7 @@ def test_memory_keeps_its_contents():
 
 def test_memory_is_sparse_and_not_on_a_disk():
     with VmDir.create("vm") as vm:
-        fd = vm.open_memory("sysmem", 64 * MB)
+        fd = memory_of(vm, 64 * MB)
         blocks = os.fstat(fd).st_blocks
         os.close(fd)
         kind = subprocess.run(
@@ -189,7 +194,7 @@ def test_memory_is_sparse_and_not_on_a_disk():
 
 def test_memory_of_another_size_is_refused():
     with VmDir.create("vm") as vm:
-        os.close(vm.open_memory("sysmem", MB))
+        os.close(memory_of(vm))
 
         with pytest.raises(MemorySizeError, match="made with 1M of memory, not 2M"):
             vm.open_memory("sysmem", 2 * MB)
@@ -199,19 +204,31 @@ def test_memory_of_another_size_is_refused():
 def test_memory_that_does_not_fit_leaves_nothing():
     with VmDir.create("vm") as vm:
         with pytest.raises(MemorySizeError, match=r"memory\.size 900T does not fit: /"):
-            vm.open_memory("sysmem", 900 << 40)
+            vm.make_memory(900 << 40)
 
         assert not vm.has_memory()
 
 
+def test_memory_is_on_a_disk_where_nothing_else_has_room(monkeypatch, rundir):
+    free = registry._free_space
+    monkeypatch.setattr(
+        registry, "_free_space", lambda where: 0 if where == SHM else free(where)
+    )
+    monkeypatch.setattr(registry, "_is_tmpfs", lambda path: False)
+    with VmDir.create("vm") as vm:
+        os.close(memory_of(vm))
+
+        assert (rundir / "vm" / "memory" / "sysmem").stat().st_size == MB
+
+
 def test_memory_that_was_lost_with_the_host_is_made_again():
     with VmDir.create("vm") as vm:
-        os.close(vm.open_memory("sysmem", MB))
+        os.close(memory_of(vm))
         link = vm.path / "memory"
         if link.is_symlink():
             shutil.rmtree(link.readlink())
             assert not vm.has_memory()
-        os.close(vm.open_memory("sysmem", MB))
+        os.close(memory_of(vm))
 
         assert vm.has_memory()
         vm.discard()
@@ -219,12 +236,12 @@ def test_memory_that_was_lost_with_the_host_is_made_again():
 
 def test_memory_of_a_vm_removed_by_hand_is_swept():
     with VmDir.create("lost") as lost:
-        os.close(lost.open_memory("sysmem", MB))
+        os.close(memory_of(lost))
         memory = (lost.path / "memory").resolve()
         shutil.rmtree(lost.path)
 
     with VmDir.create("vm") as vm:
-        os.close(vm.open_memory("sysmem", MB))
+        os.close(memory_of(vm))
         kept = (vm.path / "memory").resolve()
 
         assert not memory.exists()
