@@ -302,6 +302,11 @@ impl State {
             || lint0 & LVT_MASKED == 0 && delivery_mode(lint0 >> 8) == Some(DeliveryMode::ExtInt)
     }
 
+    /// The PIC has asked already, and this processor may have been deaf to it until now.
+    fn waits_for_extint(&self) -> bool {
+        self.lint[LVT_LINT0 as usize] && self.accepts_extint()
+    }
+
     /// A fixed interrupt arrives, from a message or from the local vector table.
     fn request(&mut self, vector: u8, level: bool, fx: &mut Effects) {
         if vector < FIRST_VECTOR {
@@ -570,6 +575,7 @@ impl State {
                 if !self.software_enabled() {
                     self.lvt.iter_mut().for_each(|entry| *entry |= LVT_MASKED);
                     self.timer_arm(p);
+                    fx.notify |= self.waits_for_extint();
                 }
             }
             ESR => self.esr = std::mem::take(&mut self.esr_pending),
@@ -895,33 +901,36 @@ impl Vlapic {
     /// figure 11-27 does not have, or an address other than the default one.
     ///
     /// deviation: the page cannot be moved.
-    pub fn set_apicbase(&self, value: u64) -> Result<(), NotDecoded> {
-        let mut state = lock(&self.inner);
-        let flags = APICBASE_BSP | APICBASE_X2APIC | APICBASE_ENABLE;
-        if value & !flags != BASE {
-            return Err(NotDecoded);
-        }
-        let mode = |base: u64| (base & APICBASE_ENABLE != 0, base & APICBASE_X2APIC != 0);
-        let (old, new) = (mode(state.apicbase), mode(value));
+    pub fn set_apicbase(&self, p: &dyn Platform, value: u64) -> Result<(), NotDecoded> {
         const DISABLED: (bool, bool) = (false, false);
         const XAPIC: (bool, bool) = (true, false);
         const X2APIC: (bool, bool) = (true, true);
-        match (old, new) {
-            (XAPIC, X2APIC) | (XAPIC | X2APIC, DISABLED) | (DISABLED, XAPIC) => {}
-            _ if old == new => {}
-            _ => return Err(NotDecoded),
+        let mode = |base: u64| (base & APICBASE_ENABLE != 0, base & APICBASE_X2APIC != 0);
+        if value & !(APICBASE_BSP | APICBASE_X2APIC | APICBASE_ENABLE) != BASE {
+            return Err(NotDecoded);
         }
-        state.apicbase = value;
-        if old != new {
-            match new {
-                X2APIC => state.ldr = x2apic_ldr(state.id),
-                // It comes back as after power-on.  A callout that is under way finds no timer.
-                DISABLED => state.init(),
-                _ => {}
+        self.enter(p, |s, fx| {
+            let (old, new) = (mode(s.apicbase), mode(value));
+            match (old, new) {
+                (XAPIC, X2APIC) | (XAPIC | X2APIC, DISABLED) | (DISABLED, XAPIC) => {}
+                _ if old == new => {}
+                _ => return Err(NotDecoded),
             }
-        }
-        self.publish(&state);
-        Ok(())
+            s.apicbase = value;
+            if old != new {
+                match new {
+                    X2APIC => s.ldr = x2apic_ldr(s.id),
+                    // It comes back as after power-on.
+                    DISABLED => {
+                        s.init();
+                        s.timer_arm(p);
+                    }
+                    _ => {}
+                }
+            }
+            fx.notify |= s.waits_for_extint();
+            Ok(())
+        })
     }
 
     /// bhyve's `vm_set_x2apic_state`: the mode now and after each reset.
@@ -1417,7 +1426,7 @@ mod tests {
             assert_eq!(lapic.matches(dest, x2, logical), expected, "row {row}");
         }
         let disabled = flat(1);
-        disabled.set_apicbase(BASE).unwrap();
+        disabled.set_apicbase(&p, BASE).unwrap();
         assert!(!disabled.matches(5, false, false));
         assert!(!disabled.matches(0xff, false, false));
     }
@@ -1519,6 +1528,7 @@ mod tests {
     /// SDM figure 11-27.
     #[test]
     fn apic_base_transitions() {
+        let p = TestPlatform::new(1);
         const OFF: u64 = BASE | APICBASE_BSP;
         const XAPIC: u64 = OFF | APICBASE_ENABLE;
         const X2APIC: u64 = XAPIC | APICBASE_X2APIC;
@@ -1542,8 +1552,8 @@ mod tests {
         ];
         for (from, to, legal) in table {
             let lapic = Vlapic::new(0);
-            lapic.set_apicbase(from).unwrap();
-            assert_eq!(lapic.set_apicbase(to).is_ok(), legal, "{from:#x} {to:#x}");
+            lapic.set_apicbase(&p, from).unwrap();
+            assert_eq!(lapic.set_apicbase(&p, to).is_ok(), legal, "{from:#x} {to:#x}");
             assert_eq!(lapic.apicbase(), if legal { to } else { from });
         }
     }
@@ -1555,13 +1565,16 @@ mod tests {
         write(&p, &lapic, TPR, 0x20);
         lapic.deliver(&p, DeliveryMode::Fixed, 0x60, false);
         let base = lapic.apicbase();
-        lapic.set_apicbase(base & !APICBASE_ENABLE).unwrap();
+        lapic.lint(&p, 0, true);
+        p.take();
+        lapic.set_apicbase(&p, base & !APICBASE_ENABLE).unwrap();
+        assert_eq!(p.take(), [Event::Notify(0)], "the PIC's request is this processor's again");
         assert_eq!(lapic.pending_intr(), None);
         assert_eq!(read(&p, &lapic, SVR), 0xffff_ffff);
         assert!(lapic.accepts_extint());
-        lapic.set_apicbase(base).unwrap();
+        lapic.set_apicbase(&p, base).unwrap();
         assert_eq!((read(&p, &lapic, SVR), read(&p, &lapic, TPR)), (0xff, 0));
-        lapic.set_apicbase(base | APICBASE_X2APIC).unwrap();
+        lapic.set_apicbase(&p, base | APICBASE_X2APIC).unwrap();
         assert_eq!(lapic.msr_read(&p, 0x80d), Ok(1));
     }
 
@@ -1878,7 +1891,7 @@ mod tests {
             Op::Write(offset, size, value) => lapic.mmio_write(p, offset, size, value),
             Op::ReadMsr(msr) => drop(lapic.msr_read(p, msr)),
             Op::WriteMsr(msr, value) => drop(lapic.msr_write(p, msr, value)),
-            Op::Base(value) => drop(lapic.set_apicbase(value)),
+            Op::Base(value) => drop(lapic.set_apicbase(p, value)),
             Op::Cr8(value) => lapic.set_cr8(p, value),
             Op::Deadline(value) => lapic.set_tsc_deadline(p, value),
             Op::Lint(pin, level) => lapic.lint(p, pin, level),

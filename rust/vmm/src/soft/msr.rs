@@ -316,7 +316,7 @@ impl Cpu {
             }
             nr::X2APIC_FIRST..=nr::X2APIC_LAST => vcpu.lapic.msr_write(p, msr, value).is_ok(),
             // bhyve: a base or mode that it refuses is userland's.
-            nr::APIC_BASE if vcpu.lapic.set_apicbase(value).is_ok() => true,
+            nr::APIC_BASE if vcpu.lapic.set_apicbase(p, value).is_ok() => true,
             nr::PLATFORM_INFO | nr::TURBO_RATIO_LIMIT if !amd() => false,
             // Loads microcode; reports none.
             nr::BIOS_SIGN_ID if amd() => true,

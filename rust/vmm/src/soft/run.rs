@@ -117,6 +117,7 @@ impl Cpu {
         self.intr |= set & events::INTR != 0;
         self.nmi_pending |= set & events::NMI != 0;
         if set & events::INIT != 0 {
+            self.vcpu().lapic.init_reset(self.vm());
             self.init();
         }
         if set & events::SIPI != 0 && self.wait_sipi {
