@@ -202,8 +202,9 @@ impl Cpu {
     fn decode(&mut self, lin: u64, gpa: u64, single: bool, flat: bool) -> Result<Box<Block>, Stop> {
         let bits = self.code_bits();
         self.watch_code_page(gpa);
-        let mut buf = [0; WINDOW + MAX_LEN];
-        let first = ((PAGE - (gpa & (PAGE - 1))) as usize).min(WINDOW);
+        let mut buf = [0; WINDOW + 2 * MAX_LEN];
+        let in_page = (PAGE - (gpa & (PAGE - 1))) as usize;
+        let first = in_page.min(WINDOW + MAX_LEN);
         self.fetch_bytes(gpa, &mut buf[..first]);
         // Where CS ends in the middle of the window, instructions beyond it raise #GP.
         let limit = if flat || self.code64() { u64::MAX } else { self.code_limit() };
@@ -222,7 +223,7 @@ impl Cpu {
         let mut off = 0;
         let mut end = false;
         let most = if single { 1 } else { MAX_OPS - 1 };
-        while !end && ops.len() < most && off < first {
+        while !end && ops.len() < most && off < first.min(WINDOW) {
             if self.rip.wrapping_add(off as u64) > limit {
                 if off == 0 {
                     return Err(self.gp(0));
@@ -230,7 +231,7 @@ impl Cpu {
                 break;
             }
             let mut insn = decode_one(bits, &buf[off..first], self.rip.wrapping_add(off as u64));
-            if insn.is_err() && first < WINDOW && off + MAX_LEN > first {
+            if insn.is_err() && first == in_page && off + MAX_LEN > first {
                 // It runs off the page: a block of its own.
                 if off > 0 {
                     break;
