@@ -125,4 +125,14 @@ def one_line(error: BaseException) -> str:
             text = str(link) or type(link).__name__
         parts.append(" ".join(text.split()))
         link = link.__cause__
-    return ": ".join(parts)
+    return printable(": ".join(parts))
+
+
+def printable(text: str) -> str:
+    """A text that may quote anything, without what would change a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in text
+    )

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from pybhyve.errors import BhyveError, GuestAbortError, UsageError, one_line
+from pybhyve.errors import BhyveError, GuestAbortError, UsageError, one_line, printable
 
 LOG: Final = logging.getLogger("pybhyve")
 
@@ -68,9 +68,17 @@ def set_log_level(level: str) -> None:
     LOG.setLevel(level.upper())
 
 
+class _Formatter(logging.Formatter):
+    """Messages that may quote anything."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's
+        """As logging does, without what would change a terminal."""
+        return printable(super().formatMessage(record))
+
+
 def _start_log(name: str) -> logging.Handler:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"{name}: %(message)s"))
+    handler.setFormatter(_Formatter(f"{name}: %(message)s"))
     if sys.stderr.isatty():
         handler.terminator = "\r\n"  # the terminal may be raw: the guest's console
     LOG.addHandler(handler)

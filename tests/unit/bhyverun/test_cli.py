@@ -251,6 +251,13 @@ def test_every_flag_sets_a_declared_variable():
     assert {flag.variable for flag in FLAGS} - {""} <= declared
 
 
+def test_messages_do_not_change_the_terminal(capfd):
+    assert main(["-o", "a\x1b[31m\udcff", "vm"]) == 64
+
+    err = capfd.readouterr().err
+    assert r"'a\x1b[31m\udcff'" in err
+
+
 def test_traceback_on_request(capfd, monkeypatch):
     monkeypatch.setenv("PYBHYVE_TRACEBACK", "1")
 
