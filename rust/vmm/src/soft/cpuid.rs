@@ -444,3 +444,143 @@ fn hypervisor(leaf: u32) -> Regs {
         _ => [0; 4],
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A host with every feature bit set.
+    fn everything(vendor: &[u8; 12]) -> impl Fn(u32, u32) -> Regs + '_ {
+        let part = |i: usize| u32::from_le_bytes(vendor[i..i + 4].try_into().unwrap());
+        move |leaf, sub| match leaf {
+            0 => [0x20, part(0), part(8), part(4)],
+            0x8000_0000 => [0x8000_0021, part(0), part(8), part(4)],
+            4 | 0x8000_001D if sub < 4 => [0xFFFF_C000 | (sub + 1) << 5 | 1, 0x01C0_003F, 63, 0],
+            4 | 0x8000_001D => [0; 4],
+            _ => [u32::MAX; 4],
+        }
+    }
+
+    /// The barest x86-64.
+    fn bare(leaf: u32, _: u32) -> Regs {
+        match leaf {
+            0 => [1, word(b"Genu"), word(b"ntel"), word(b"ineI")],
+            0x8000_0000 => [0x8000_0008, 0, 0, 0],
+            1 => [0x6F0, 0, 0, 0x0789_FBFF],
+            _ => [0; 4],
+        }
+    }
+
+    #[test]
+    fn what_is_not_implemented_is_never_shown() {
+        for vendor in [b"GenuineIntel", b"AuthenticAMD"] {
+            let m = Model::new(everything(vendor));
+            // (leaf, register, bits)
+            for (leaf, reg, hidden) in [
+                // MONITOR VMX SMX EST TM2 FMA4's neighbours; x2APIC and OSXSAVE are dynamic.
+                (1, ECX, bits([2, 3, 4, 5, 6, 7, 8, 10, 11, 14, 15, 18, 21, 27])),
+                (1, EDX, bits([10, 18, 20, 21, 22, 29, 30, 31])),
+                // SGX HLE PQM MPX AVX-512.
+                (7, EBX, bits([2, 4, 11, 12, 14, 15, 16, 17, 21, 26, 27, 28, 30, 31])),
+                // PKU OSPKE WAITPKG CET GFNI VAES VPCLMUL LA57.
+                (7, ECX, bits([3, 4, 5, 7, 8, 9, 10, 16])),
+                (7, EDX, bits([20, 22, 24, 25])),
+                // SVM SSE4A MISALIGNSSE OSVW IBS XOP FMA4 TBM PERFCTR MWAITX.
+                (0x8000_0001, ECX, bits([2, 6, 7, 9, 10, 11, 16, 21, 23, 24, 29])),
+                (0x8000_0001, EDX, bits([25, 30, 31])),
+            ] {
+                let shown = m.get(leaf, 0)[reg] & hidden;
+                assert_eq!(shown, 0, "{:?} {leaf:#x} {reg}", std::str::from_utf8(vendor));
+            }
+            assert_eq!(m.get(0xD, 0), [7, 576, 832, 0]);
+            assert_eq!(m.get(0xD, 1)[EAX], 7, "no XSAVES");
+            assert_eq!(m.get(0xA, 0), [0; 4], "no PMU");
+            for f in [CpuidFeature::AVX512F, CpuidFeature::VMX, CpuidFeature::SVM] {
+                assert!(!m.shows(f));
+            }
+            assert!(m.shows(CpuidFeature::AVX2) && m.shows(CpuidFeature::SHA));
+        }
+    }
+
+    #[test]
+    fn what_the_host_lacks_is_not_shown() {
+        let m = Model::new(bare);
+        assert!(!m.amd);
+        for f in [CpuidFeature::AVX, CpuidFeature::XSAVE, CpuidFeature::SSE3, CpuidFeature::BMI1] {
+            assert!(!m.shows(f), "{f:?}");
+        }
+        // Of the host these need nothing.
+        for f in [CpuidFeature::SMAP, CpuidFeature::INVPCID, CpuidFeature::RDTSCP] {
+            assert!(m.shows(f), "{f:?}");
+        }
+        assert_eq!(m.get(0xD, 0), [0; 4]);
+        let tzcnt = DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD;
+        assert_eq!(m.decoder_options & tzcnt, tzcnt);
+    }
+
+    #[test]
+    fn this_host_s_vendor_and_name() {
+        let m = model();
+        for leaf in [0, 0x8000_0002, 0x8000_0003, 0x8000_0004] {
+            let r = std::arch::x86_64::__cpuid(leaf);
+            assert_eq!(m.get(leaf, 0)[EBX..], [r.ebx, r.ecx, r.edx], "{leaf:#x}");
+        }
+    }
+
+    fn cpu(id: u32, sockets: u32, cores: u32, threads: u32) -> Box<Cpu> {
+        let ncpu = sockets * cores * threads;
+        Cpu::new(id, &CpuConfig { ncpu, sockets, cores, threads, x2apic: true })
+    }
+
+    #[test]
+    fn topology() {
+        let c = cpu(5, 2, 2, 2);
+        assert_eq!(c.cpuid(1, 0)[EBX] >> 16, 5 << 8 | 4);
+        assert_eq!(c.cpuid(0xB, 0), [1, 2, 0x100, 5]);
+        assert_eq!(c.cpuid(0xB, 1), [2, 4, 0x201, 5]);
+        assert_eq!(c.cpuid(0xB, 2), [0, 0, 2, 5]);
+        if amd() {
+            assert_eq!(c.cpuid(0x8000_001E, 0), [5, 2 | 1 << 8, 0, 0]);
+            assert_eq!(c.cpuid(0x8000_0008, 0)[ECX], 2 << 12 | 3);
+        }
+        let alone = cpu(0, 1, 1, 1);
+        assert_eq!(alone.cpuid(1, 0)[EDX] & L1_EDX_HTT, 0);
+        assert_eq!(alone.cpuid(0xB, 0), [0, 1, 0x100, 0]);
+    }
+
+    #[test]
+    fn what_the_guest_enables_shows() {
+        let mut c = cpu(0, 1, 1, 1);
+        assert_eq!(c.cpuid(1, 0)[ECX] & L1_ECX_OSXSAVE, 0);
+        c.cr4 |= cr4::OSXSAVE;
+        assert_ne!(c.cpuid(1, 0)[ECX] & L1_ECX_OSXSAVE, 0);
+        if xcr0_mask() == 7 {
+            c.xcr0 = 3;
+            assert_eq!(c.cpuid(0xD, 0)[EBX], 576);
+            c.xcr0 = 7;
+            assert_eq!((c.cpuid(0xD, 0)[EBX], c.cpuid(0xD, 1)[EBX]), (832, 832));
+        }
+    }
+
+    #[test]
+    fn beyond_the_last_leaf() {
+        let c = cpu(0, 1, 1, 1);
+        assert_eq!(c.cpuid(0x4000_0000, 0)[EAX], 0x4000_0001);
+        assert_eq!(c.cpuid(0x4000_0002, 0), [0; 4]);
+        if amd() {
+            assert_eq!(c.cpuid(0x1000, 0), [0; 4]);
+            assert_eq!(c.cpuid(0x8000_1000, 0), [0; 4]);
+        }
+    }
+
+    #[test]
+    fn fractions_are_close_and_small() {
+        for hz in [1_000_000_000, 2_596_142_000, 3_400_000_000, 5_799_999_937] {
+            let max = u64::from(u32::MAX / (APIC_TIMER_HZ / 1000));
+            let (n, d) = closest_fraction(hz, APIC_TIMER_HZ.into(), max);
+            assert!(u64::from(n) <= max && d != 0);
+            let got = f64::from(APIC_TIMER_HZ) * f64::from(n) / f64::from(d);
+            assert!((got / hz as f64 - 1.0).abs() < 1e-6, "{hz}: {n}/{d}");
+        }
+    }
+}

@@ -280,12 +280,9 @@ pub fn lower(l: &mut Lower) -> Option<Handler> {
     let i = l.insn;
     use Mnemonic::*;
     Some(match i.mnemonic() {
-        Nop | Fnop | Endbr32 | Endbr64 | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2
-        | Prefetchw | Prefetchwt1 | Prefetch | Reservednop
-            if i.mnemonic() != Fnop =>
-        {
-            nop
-        }
+        Nop | Endbr32 | Endbr64 | Rdsspd | Rdsspq | Prefetchnta | Prefetcht0 | Prefetcht1
+        | Prefetcht2 | Prefetchw | Prefetchwt1 | Prefetchit0 | Prefetchit1 | Prefetch | Cldemote
+        | Reservednop => nop,
         Mfence | Lfence | Sfence => fence,
         Cbw => cbw,
         Cwde => cwde,

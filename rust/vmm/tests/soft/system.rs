@@ -1,8 +1,6 @@
 //! Segments, gates, interrupts, task switches and privileged instructions, one at a time.
 
-mod common;
-
-use common::*;
+use crate::guest::*;
 use vmm::exit::Exit;
 use vmm::regs::{Reg, SegDesc};
 
