@@ -801,26 +801,17 @@ mod tests {
 
     #[test]
     fn a_kick_ends_every_sleep() {
-        for code in [HALT, IDLE] {
-            let vm = machine(2, code);
-            vm.suspend_cpu(1).unwrap();
-            // Started, so that vCPU 0 is not alone with its halt.
-            assert_eq!(vm.vcpus[1].run(&vm).unwrap(), Exit::Debug);
-            let exits = [spawn(&vm, 0), spawn(&vm, 1)];
-            for _ in 0..50 {
-                vm.vcpus[0].kick();
-                vm.vcpus[1].kick();
-                if code == HALT {
-                    // vCPU 1 never ran: nobody could wake vCPU 0.
-                    break;
-                }
-                assert_eq!(next(&exits[0]), Exit::Bogus);
-                assert_eq!(next(&exits[1]), Exit::Bogus);
-            }
-            if code == IDLE {
-                end(&vm, &exits);
+        let vm = machine(2, HALT);
+        vm.mem.write(0x2000, IDLE).unwrap();
+        start_at(&vm.vcpus[1], 0x2000);
+        let exits = [spawn(&vm, 0), spawn(&vm, 1)];
+        for _ in 0..200 {
+            for (vcpu, exits) in vm.vcpus.iter().zip(&exits) {
+                vcpu.kick();
+                assert_eq!(next(exits), Exit::Bogus);
             }
         }
+        end(&vm, &exits);
     }
 
     #[test]
@@ -905,10 +896,10 @@ mod tests {
     fn a_parked_vcpu_cannot_wake_anybody() {
         let vm = machine(2, HALT);
         vm.suspend_cpu(1).unwrap();
-        let exits = [spawn(&vm, 0), spawn(&vm, 1)];
-        assert_eq!(next(&exits[1]), Exit::Debug);
-        for exits in &exits {
-            assert_eq!(next(exits), Exit::Suspended { how: SuspendHow::Halt });
+        let parked = spawn(&vm, 1);
+        assert_eq!(next(&parked), Exit::Debug);
+        for exits in [spawn(&vm, 0), parked] {
+            assert_eq!(next(&exits), Exit::Suspended { how: SuspendHow::Halt });
         }
     }
 
