@@ -135,7 +135,9 @@ impl Guest {
             (f.mxcsr, f.st) = (case.regs.mxcsr, case.regs.st);
         });
         let exit = v.run(&self.vm).expect("an exit");
-        let Exit::Mmio { gpa, .. } = exit else { panic!("{exit:?} in\n{}", case.listing()) };
+        let Exit::Mmio { gpa, .. } = exit else {
+            panic!("{exit:?} in\n{}with {:#x?}", case.listing(), case.regs.gpr)
+        };
         let vector = (gpa - REPORT) / 8;
         let mut regs = case.regs.clone();
         let (mut sp, mut cr2) = (0, 0);

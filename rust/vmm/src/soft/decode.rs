@@ -7,7 +7,7 @@ use super::native;
 use super::op::*;
 use super::state::*;
 use super::sys;
-use iced_x86::{Code, Decoder, DecoderError, Instruction, Register};
+use iced_x86::{Code, Decoder, DecoderError, Instruction, OpKind, Register};
 use std::any::Any;
 use std::cell::Cell;
 use std::ptr;
@@ -98,7 +98,21 @@ impl Lower<'_> {
             r => reg_index(r),
         };
         op.scale = i.memory_index_scale().trailing_zeros() as u8;
-        self.seg(i.memory_segment());
+        let seg = self.memory_segment();
+        self.seg(seg);
+    }
+
+    /// Segment of the memory operand; 64-bit mode ignores overrides with ES, CS, SS and DS.
+    fn memory_segment(&self) -> Register {
+        let i = &self.insn;
+        match i.memory_segment() {
+            s @ (Register::FS | Register::GS) => s,
+            s if self.bits != 64 || !i.has_segment_prefix() => s,
+            _ => match i.memory_base() {
+                Register::RSP | Register::ESP | Register::RBP | Register::EBP => Register::SS,
+                _ => Register::DS,
+            },
+        }
     }
 
     /// Use `seg` for the op's memory operand.
@@ -124,6 +138,10 @@ impl Lower<'_> {
     /// Run this instruction through a slow handler.
     pub fn slow(&mut self, f: Slow, end: bool) -> Handler {
         self.keep(SlowOp { f, insn: self.insn });
+        // `stop_at` tells #SS from #GP by it.
+        if self.insn.memory_segment() != Register::None {
+            self.op.seg = seg_index(self.memory_segment());
+        }
         self.end |= end;
         if self.end { slow_end } else { slow_mid }
     }
@@ -289,7 +307,7 @@ impl Cpu {
     }
 
     fn lower(&mut self, l: &mut Lower) -> Handler {
-        if !super::cpuid::shown(&l.insn) {
+        if !super::cpuid::shown(&l.insn) || no_prefetch(&l.insn) {
             return l.slow(interp::misc::undefined, true);
         }
         if let Some(h) = interp::lower(l).or_else(|| native::lower(l, &mut self.native)) {
@@ -313,6 +331,17 @@ impl Cpu {
             ptr::copy_nonoverlapping(p, out.as_mut_ptr(), out.len());
         }
     }
+}
+
+/// PREFETCHW and its kin on a register: a NOP for Intel, undefined for AMD.
+fn no_prefetch(i: &Instruction) -> bool {
+    let in_0f0d = matches!(
+        i.code(),
+        Code::Reservednop_rm16_r16_0F0D
+            | Code::Reservednop_rm32_r32_0F0D
+            | Code::Reservednop_rm64_r64_0F0D
+    );
+    in_0f0d && i.op0_kind() == OpKind::Register && super::cpuid::amd()
 }
 
 fn next_page(lin: u64) -> u64 {

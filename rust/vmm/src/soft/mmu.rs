@@ -580,7 +580,8 @@ impl Cpu {
         // A flat segment ends at 4 GiB.
         if !self.code64()
             && right == Right::Current
-            && lin.wrapping_add(len - 1) > 0xFFFF_FFFF
+            && lin <= 0xFFFF_FFFF
+            && lin + (len - 1) > 0xFFFF_FFFF
             && self.cache.mode & super::block::mode::FLAT != 0
         {
             self.exc = Exc { vector: vec::GP, error: Some(0), payload: NON_CANONICAL };

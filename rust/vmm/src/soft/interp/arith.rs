@@ -569,9 +569,12 @@ fn accumulate<T: Alu>(cpu: &mut Cpu, kind: u8, b: T) -> Result<(), crate::soft::
         }
         _ => {
             let hi: T = cpu.get(hi_at);
-            let r = if kind == 2 { T::div(hi, lo, b) } else { T::idiv(hi, lo, b) };
+            let r = if kind == 2 { T::div(hi, lo, b, cpu.fl) } else { T::idiv(hi, lo, b, cpu.fl) };
             match r {
-                Some(r) => r,
+                Some((q, r, f)) => {
+                    cpu.fl = f;
+                    (q, r)
+                }
                 None => return Err(cpu.raise(vec::DE, None)),
             }
         }

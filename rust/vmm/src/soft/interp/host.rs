@@ -85,9 +85,9 @@ pub trait Alu: Int {
     /// Low and high half of the product.
     fn mul(a: Self, b: Self, f: u32) -> (Self, Self, u32);
     fn imul(a: Self, b: Self, f: u32) -> (Self, Self, u32);
-    /// Unsigned division of `hi:lo`; None: #DE.  Quotient, remainder.
-    fn div(hi: Self, lo: Self, d: Self) -> Option<(Self, Self)>;
-    fn idiv(hi: Self, lo: Self, d: Self) -> Option<(Self, Self)>;
+    /// Unsigned division of `hi:lo`; None: #DE.  Quotient, remainder, flags.
+    fn div(hi: Self, lo: Self, d: Self, f: u32) -> Option<(Self, Self, u32)>;
+    fn idiv(hi: Self, lo: Self, d: Self, f: u32) -> Option<(Self, Self, u32)>;
 }
 
 /// Operations that bytes do not have.
@@ -374,32 +374,65 @@ macro_rules! muldiv {
             }
             (Self::from_u64(lo), Self::from_u64(hi), g as u32 & 0xFFFF)
         }
-        divide!($s, $d, $sd);
+        divide!($s, $d, $sd, $m);
     };
 }
 
+/// The host divides, once it is certain that it will not raise #DE.
 macro_rules! divide {
-    ($s:ty, $d:ty, $sd:ty) => {
-        fn div(hi: Self, lo: Self, d: Self) -> Option<(Self, Self)> {
+    ($s:ty, $d:ty, $sd:ty, $m:literal) => {
+        fn div(hi: Self, lo: Self, d: Self, f: u32) -> Option<(Self, Self, u32)> {
             if hi >= d {
                 return None;
             }
-            if hi == 0 {
-                return Some((lo / d, lo % d));
+            let (q, r, g): (u64, u64, u64);
+            // SAFETY: registers only; the quotient fits.
+            unsafe {
+                asm!("add al, 127", "sahf", "mov rax, {a}", concat!("div {d", $m, "}"),
+                    "mov {a}, rax", "seto al", "lahf",
+                    d = in(reg) d, a = inout(reg) lo.to_u64() => q,
+                    inout("rdx") hi.to_u64() => r, inout("rax") u64::from(f) => g,
+                    options(pure, nomem, nostack));
             }
-            let n = <$d>::from(hi) << Self::BITS | <$d>::from(lo);
-            Some(((n / <$d>::from(d)) as Self, (n % <$d>::from(d)) as Self))
+            Some((Self::from_u64(q), Self::from_u64(r), g as u32 & 0xFFFF))
         }
-        fn idiv(hi: Self, lo: Self, d: Self) -> Option<(Self, Self)> {
+        fn idiv(hi: Self, lo: Self, d: Self, f: u32) -> Option<(Self, Self, u32)> {
             let n = ((hi as $s) as $sd) << Self::BITS | lo as $sd;
+            // Division of double width is slow, and hardly ever needed to know.
             if n == (lo as $s) as $sd {
-                let (n, d) = (lo as $s, d as $s);
-                return Some((n.checked_div(d)? as Self, n.wrapping_rem(d) as Self));
+                (lo as $s).checked_div(d as $s)?;
+            } else {
+                <$s>::try_from(n.checked_div((d as $s) as $sd)?).ok()?;
             }
-            let d = (d as $s) as $sd;
-            let q = n.checked_div(d)?;
-            let short = <$s>::try_from(q).ok()?;
-            Some((short as Self, (n % d) as Self))
+            let (q, r, g): (u64, u64, u64);
+            // SAFETY: registers only; the quotient fits.
+            unsafe {
+                asm!("add al, 127", "sahf", "mov rax, {a}", concat!("idiv {d", $m, "}"),
+                    "mov {a}, rax", "seto al", "lahf",
+                    d = in(reg) d, a = inout(reg) lo.to_u64() => q,
+                    inout("rdx") hi.to_u64() => r, inout("rax") u64::from(f) => g,
+                    options(pure, nomem, nostack));
+            }
+            Some((Self::from_u64(q), Self::from_u64(r), g as u32 & 0xFFFF))
+        }
+    };
+}
+
+/// AH:AL by a byte: quotient in AL, remainder in AH.
+macro_rules! divide_byte {
+    ($name:ident, $insn:literal, $wide:ty, $narrow:ty, $operand:ty) => {
+        fn $name(hi: u8, lo: u8, d: u8, f: u32) -> Option<(u8, u8, u32)> {
+            let n = u16::from(hi) << 8 | u16::from(lo);
+            <$narrow>::try_from((n as $wide).checked_div(<$wide>::from(d as $operand))?).ok()?;
+            let (p, g): (u64, u64);
+            // SAFETY: registers only; the quotient fits.
+            unsafe {
+                asm!("add al, 127", "sahf", "mov rax, {p}", concat!($insn, " {d}"),
+                    "mov {p}, rax", "seto al", "lahf",
+                    d = in(reg_byte) d, p = inout(reg) u64::from(n) => p,
+                    inout("rax") u64::from(f) => g, options(pure, nomem, nostack));
+            }
+            Some((p as u8, (p >> 8) as u8, g as u32 & 0xFFFF))
         }
     };
 }
@@ -428,7 +461,8 @@ impl Alu for u8 {
         }
         (p as u8, (p >> 8) as u8, g as u32 & 0xFFFF)
     }
-    divide!(i8, u16, i16);
+    divide_byte!(div, "div", u16, u8, u8);
+    divide_byte!(idiv, "idiv", i16, i8, i8);
 }
 impl Alu for u16 {
     alu!(u16, reg, ":x", "word ptr", "ax");

@@ -98,6 +98,11 @@ fn dst_lin<T: Alu>(cpu: &mut Cpu, o: &Op, write: bool) -> Result<u64, Stop> {
     cpu.string_lin(o, ES, ea, T::SIZE, write)
 }
 
+fn dst<T: Alu>(cpu: &mut Cpu, o: &Op) -> Result<T, Stop> {
+    let lin = dst_lin::<T>(cpu, o, false)?;
+    cpu.ld(lin)
+}
+
 impl StringOp for Movs {
     const SRC: bool = true;
     const DST: bool = true;
@@ -192,8 +197,7 @@ impl StringOp for Cmps {
     const DST: bool = true;
     const COMPARES: bool = true;
     fn one<T: Alu>(cpu: &mut Cpu, o: &Op) -> Result<(), Stop> {
-        let lin = dst_lin::<T>(cpu, o, false)?;
-        let b: T = cpu.ld(lin)?;
+        let b: T = dst(cpu, o)?;
         let a: T = src(cpu, o)?;
         cpu.fl = T::sub(a, b, cpu.fl).1;
         Ok(())
@@ -205,8 +209,7 @@ impl StringOp for Scas {
     const DST: bool = true;
     const COMPARES: bool = true;
     fn one<T: Alu>(cpu: &mut Cpu, o: &Op) -> Result<(), Stop> {
-        let lin = dst_lin::<T>(cpu, o, false)?;
-        let b: T = cpu.ld(lin)?;
+        let b: T = dst(cpu, o)?;
         cpu.fl = T::sub(cpu.get(0), b, cpu.fl).1;
         Ok(())
     }
