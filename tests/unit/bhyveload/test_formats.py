@@ -484,7 +484,7 @@ VICTIMS = {
 
 @pytest.mark.parametrize("format", VICTIMS)
 @settings(
-    max_examples=400,
+    max_examples=200,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
