@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import re
+from pathlib import Path
 
 import pytest
 
 from tests.functional.machine import Machine, Programs, Starter
-from tools import guests
+from tests.unit.bhyveload.kernel_images import vmlinux
+from tools import fetch, guests
 
 
 def image(kernel: str) -> list[str]:
@@ -107,6 +109,23 @@ def test_two_steps(start: Starter, programs: Programs) -> None:
     console.expect("powering off", 30)
 
     assert console.wait(30) == 1
+
+
+def test_a_pvh_kernel(start: Starter, programs: Programs, tmp_path: Path) -> None:
+    """Linux entered without its decompressor, as far as its first words."""
+    guest = guests.find("debian12-generic")
+    package = fetch.package(guest.package, guest.sha256)
+    kernel = tmp_path / "vmlinux"
+    kernel.write_bytes(vmlinux(package.file(guest.kernel).read_bytes()))
+    line = "console=ttyS0 earlyprintk=serial"
+    argv = ["-m", "512M", "-k", str(kernel), "-a", line, "-e", "a=b", "control"]
+    assert programs.run("bhyveload", *argv).returncode == 0
+
+    console = start("control", []).console
+
+    console.expect("Linux version 6", 60)
+    console.expect(f"Command line: {line} a=b", 60)
+    console.expect(r"0x0000000000100000-0x000000001fffffff\] usable", 60)
 
 
 def test_a_vcpu_runs_to_its_first_exit(programs: Programs) -> None:

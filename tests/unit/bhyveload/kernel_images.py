@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import struct
 
 MIB = 1 << 20
@@ -129,3 +130,11 @@ def multiboot2_header(*tags: tuple[int, int, bytes], architecture: int = 0) -> b
     magic, length = 0xE85250D6, 16 + len(body)
     checksum = -(magic + architecture + length) & 0xFFFFFFFF
     return struct.pack("<4I", magic, architecture, length, checksum) + body
+
+
+def vmlinux(bzimage: bytes) -> bytes:
+    """The ELF file inside a Linux kernel that is compressed with xz."""
+    offset, length = struct.unpack_from("<2I", bzimage, 0x248)
+    start = (bzimage[0x1F1] + 1) * 512 + offset
+    # The last four bytes are the size of what comes out.
+    return lzma.decompress(bzimage[start : start + length - 4])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lzma
 import struct
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from pybhyve.bhyveload.formats import make_plan
 from pybhyve.errors import ImageError
+from tests.unit.bhyveload.kernel_images import vmlinux
 from tools import fetch, guests
 
 MIB = 1 << 20
@@ -39,14 +39,10 @@ def test_every_guest_is_placed_where_its_header_says(name: str) -> None:
 
 def test_debians_vmlinux_has_a_pvh_entry(tmp_path: Path) -> None:
     """The ELF file inside the compressed kernel, entered without its decompressor."""
-    image = kernel_of("debian12-generic").read_bytes()
-    offset, length = struct.unpack_from("<2I", image, 0x248)
-    start = (image[0x1F1] + 1) * 512 + offset
-    vmlinux = tmp_path / "vmlinux"
-    # The last four bytes are the size of what comes out.
-    vmlinux.write_bytes(lzma.decompress(image[start : start + length - 4]))
+    kernel = tmp_path / "vmlinux"
+    kernel.write_bytes(vmlinux(kernel_of("debian12-generic").read_bytes()))
 
-    plan, state = make_plan(vmlinux, None, None, [], 512 * MIB, 0)
+    plan, state = make_plan(kernel, None, None, [], 512 * MIB, 0)
 
     assert state.registers["cr0"] >> 31 == 0
     assert 16 * MIB <= state.registers["rip"] < 64 * MIB
