@@ -938,6 +938,15 @@ impl Cpu {
         }
     }
 
+    /// Host address of `size` bytes at `lin` if the TLB has all of them as plain memory.
+    #[inline(always)]
+    pub fn direct(&self, lin: u64, size: u64, write: bool) -> Option<*mut u8> {
+        let e = self.entry(lin);
+        let tag = if write { e.wtag } else { e.rtag };
+        let hit = tag == lin.wrapping_add(size - 1) & PAGE_MASK | self.asid;
+        hit.then(|| lin.wrapping_add(e.addend) as *mut u8)
+    }
+
     /// Host address of `len` bytes at `lin`, and how many of them (at least 1) lie in its page,
     /// if it is plain memory that may be accessed so; for string instructions and vectors.
     pub fn span(&mut self, lin: u64, write: bool) -> Result<Option<*mut u8>, Stop> {

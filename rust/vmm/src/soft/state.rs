@@ -189,10 +189,12 @@ pub struct Cpu {
     pub fl: u32,
     /// 0-3.
     pub cpl: u8,
-    /// Bases used for address computation, by segment number: 0 for ES CS SS DS in 64-bit mode.
-    pub seg_base: [u64; 6],
     /// Added to page tags, so that a TLB flush is a change of number.
     pub asid: u64,
+    /// Aligned to its size, which `native` counts on for speed.
+    pub ymm: [[u64; 4]; 16],
+    /// Bases used for address computation, by segment number: 0 for ES CS SS DS in 64-bit mode.
+    pub seg_base: [u64; 6],
     /// Mask of the stack pointer's width: all ones, 32 or 16 bits.
     pub sp_mask: u64,
     /// The TLB bank for data accesses at the present privilege.
@@ -219,7 +221,6 @@ pub struct Cpu {
     /// PDPTE registers (PAE paging).
     pub pdpte: [u64; 4],
     pub msr: super::msr::Msrs,
-    pub ymm: [[u64; 4]; 16],
     pub fpu: Fpu,
 
     /// Interrupts are held off for one instruction (STI, or MOV/POP SS).

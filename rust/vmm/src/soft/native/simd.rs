@@ -96,6 +96,10 @@ unsafe fn run<const K: u8>(cpu: &mut Cpu, op: &Op, mem: *mut u8) -> Result<(), S
 /// Run an instruction whose exceptions are not all masked: with the masks set, and as if it had
 /// not run when it turns out to have raised one.
 ///
+/// Two things are not the hardware's.  Beside an overflow or underflow that is not masked, PE
+/// tells whether the masked result would have been inexact, not the one with a wider exponent.
+/// And a dot product shows the flags of all its steps, not those up to the first that failed.
+///
 /// # Safety
 /// As [`Stub`]; an operand that is written is not guest memory.
 #[cold]
@@ -157,22 +161,40 @@ pub fn in_page(lin: u64, size: u64) -> bool {
 #[inline(always)]
 fn source(cpu: &mut Cpu, op: &Op) -> Result<*mut u8, Stop> {
     let lin = address(cpu, op, false)?;
-    let size = u64::from(op.aux);
+    readable(cpu, lin, u64::from(op.aux))
+}
+
+/// Host address of `size` bytes to be read: the guest's, or that of a copy.
+#[inline(always)]
+pub fn readable(cpu: &mut Cpu, lin: u64, size: u64) -> Result<*mut u8, Stop> {
+    match cpu.direct(lin, size, false) {
+        Some(p) => Ok(p),
+        None => readable_slow(cpu, lin, size),
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn readable_slow(cpu: &mut Cpu, lin: u64, size: u64) -> Result<*mut u8, Stop> {
     if in_page(lin, size)
         && let Some(p) = cpu.span(lin, false)?
     {
         return Ok(p);
     }
-    bounced(cpu, lin, size as usize)
-}
-
-#[cold]
-#[inline(never)]
-pub fn bounced(cpu: &mut Cpu, lin: u64, size: usize) -> Result<*mut u8, Stop> {
     let mut b = [0; 64];
-    cpu.read_lin(lin, &mut b[..size], Right::Current)?;
+    cpu.read_lin(lin, &mut b[..size as usize], Right::Current)?;
     cpu.native.bounce.0 = b;
     Ok(cpu.native.bounce.0.as_mut_ptr())
+}
+
+/// Host address of `size` bytes to be written; None: they have no single one.
+#[inline(always)]
+pub fn writable(cpu: &mut Cpu, lin: u64, size: u64) -> Result<Option<*mut u8>, Stop> {
+    match cpu.direct(lin, size, true) {
+        Some(p) => Ok(Some(p)),
+        None if in_page(lin, size) => cpu.span(lin, true),
+        None => Ok(None),
+    }
 }
 
 /// An instruction without a memory operand.
@@ -203,8 +225,7 @@ unsafe fn to_memory<const K: u8>(cpu: &mut Cpu, op: *const Op) -> Flow {
     tri!(cpu, op, check::<K>(cpu));
     let lin = tri!(cpu, op, address(cpu, o, true));
     if K & Class::FP == 0
-        && in_page(lin, u64::from(o.aux))
-        && let Some(p) = tri!(cpu, op, cpu.span(lin, true))
+        && let Some(p) = tri!(cpu, op, writable(cpu, lin, u64::from(o.aux)))
     {
         // SAFETY: `p` is good for the operand's size.
         tri!(cpu, op, unsafe { run::<K>(cpu, o, p) });

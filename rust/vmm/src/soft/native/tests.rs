@@ -20,6 +20,7 @@ use std::any::Any;
 use std::arch::asm;
 use std::ops::Range;
 use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The guest's memory operand, and the host's: the same address.
@@ -244,6 +245,9 @@ impl Oracle {
         for &b in insn {
             e.write_u8(b);
         }
+        let code = e.take_buffer();
+        RESUME.store(self.code as u64 + code.len() as u64, Ordering::SeqCst);
+        e.set_buffer(code);
         // mov [state.rax], rax; mov rax, state
         e.write_u8(0x48);
         e.write_u8(0xA3);
@@ -286,6 +290,34 @@ impl Oracle {
             s.flags = s.flags & fl::ARITH | 2;
             s
         }
+    }
+}
+
+/// Where execution goes on after an instruction that trapped.
+static RESUME: AtomicU64 = AtomicU64::new(0);
+static TRAPPED: AtomicBool = AtomicBool::new(false);
+
+/// SIGFPE: leave the instruction out; MXCSR keeps its flags, with all exceptions masked.
+extern "C" fn on_sigfpe(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    TRAPPED.store(true, Ordering::SeqCst);
+    // SAFETY: the kernel passes a context; resuming behind the instruction is what the oracle
+    // expects.
+    unsafe {
+        let m = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext;
+        m.gregs[libc::REG_RIP as usize] = RESUME.load(Ordering::SeqCst) as i64;
+        (*m.fpregs).mxcsr |= mxcsr::MASKS;
+    }
+}
+
+/// Have instructions that raise SIGFPE left out.
+fn catch_sigfpe() {
+    // SAFETY: the handler has the type that SA_SIGINFO asks for.
+    unsafe {
+        let mut a: libc::sigaction = mem::zeroed();
+        a.sa_sigaction = on_sigfpe as *const () as usize;
+        // RSP is whatever the test made it; Rust gives each thread another stack for signals.
+        a.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER | libc::SA_ONSTACK;
+        assert_eq!(libc::sigaction(libc::SIGFPE, &a, ptr::null_mut()), 0);
     }
 }
 
@@ -366,6 +398,9 @@ fn get(c: &Cpu) -> State {
     s
 }
 
+/// What `exec` makes of an exit to userland; there is no such vector.
+const EXIT: Exc = Exc { vector: 0xFF, error: None, payload: 0 };
+
 /// Execute one instruction in code of `bits`; None: not ours.
 fn exec(c: &mut Cpu, bits: u32, bytes: &[u8]) -> Option<Result<(), Exc>> {
     let insn = Decoder::with_ip(bits, bytes, CODE_AT, 0).decode();
@@ -390,11 +425,9 @@ fn exec(c: &mut Cpu, bits: u32, bytes: &[u8]) -> Option<Result<(), Exc>> {
     c.stopped = None;
     // SAFETY: an op as `lower` made it, and one behind it that ends the block.
     let flow = unsafe { f(c, &ops[0]) };
-    Some(match flow {
-        STOP => {
-            assert_eq!(c.stopped, Some(Stop::Exception));
-            Err(c.exc)
-        }
+    Some(match (flow, c.stopped) {
+        (STOP, Some(Stop::Exception)) => Err(c.exc),
+        (STOP, Some(Stop::Exit)) => Err(EXIT),
         _ => Ok(()),
     })
 }
@@ -801,4 +834,579 @@ fn state_is_saved_and_restored_as_the_host_does() {
             differential_but(&guest, &oracle, &encode(&i), &s, &memory, at + 28..at + 32);
         }
     }
+}
+
+#[test]
+fn vector_exceptions_that_are_not_masked_are_the_hosts() {
+    let _lock = Oracle::lock();
+    let oracle = Oracle::new();
+    let guest = Guest::new();
+    catch_sigfpe();
+    let mut rng = Rng(0xF00D_0000_1234_5671);
+    const OE: u32 = 1 << 3;
+    const PE: u32 = 1 << 5;
+    let (mut raised, mut passed) = (0, 0);
+    for code in codes() {
+        let mut i = Instruction::default();
+        i.set_code(code);
+        if !super::simd::class(&i).mxcsr() {
+            continue;
+        }
+        let memory_form = code.op_code().op_kinds().iter().any(|&k| or_memory(k));
+        for trial in 0..60 {
+            let i = form(code, memory_form && trial % 2 == 0, 0, &mut rng);
+            let bytes = encode(&i);
+            let mut s = rng.state();
+            s.r[3] = DATA + 0x80;
+            s.fx.fpu.mxcsr = rng.next() as u32 & mxcsr::VALID;
+            // What a single unmasked exception does is seen best without the others.
+            if trial % 3 != 0 {
+                let one = 1 << (mxcsr::MASK_SHIFT + rng.below(6) as u32);
+                s.fx.fpu.mxcsr = s.fx.fpu.mxcsr & 0xE07F | mxcsr::MASKS & !one;
+            }
+            // Old flags must not hide new ones.
+            s.fx.fpu.mxcsr &= !mxcsr::FLAGS;
+            let memory = random_memory(&mut rng);
+            oracle.memory().copy_from_slice(&memory);
+            guest.vm.mem.write(DATA, &memory).unwrap();
+            let mut before = s.clone();
+            before.fx.fpu.fcw = 0x37F;
+            let (r, mut after) = guest.with(|c| {
+                set(c, &before);
+                let r = exec(c, 64, &bytes).expect("ours");
+                (r, get(c))
+            });
+            TRAPPED.store(false, Ordering::SeqCst);
+            let mut want = oracle.run(&bytes, &before);
+            let what = format!("{code:?} {bytes:02x?} mxcsr {:x}", s.fx.fpu.mxcsr);
+            if TRAPPED.load(Ordering::SeqCst) {
+                let xm = Exc { vector: vec::XM, error: None, payload: 0 };
+                assert_eq!(r, Err(xm), "{what}");
+                raised += 1;
+            } else {
+                assert_eq!(r, Ok(()), "{what}");
+                passed += 1;
+            }
+            let unmasked = want.fx.fpu.mxcsr & !(s.fx.fpu.mxcsr >> mxcsr::MASK_SHIFT);
+            let dot = matches!(
+                code.mnemonic(),
+                Mnemonic::Dpps | Mnemonic::Dppd | Mnemonic::Vdpps | Mnemonic::Vdppd
+            );
+            // See `unmasked` for what is not compared.
+            let ignored = if dot && unmasked & mxcsr::FLAGS != 0 {
+                mxcsr::FLAGS
+            } else if unmasked & (OE | mxcsr::UE) != 0 {
+                PE
+            } else {
+                0
+            };
+            for s in [&mut after, &mut want] {
+                s.fx.fpu.mxcsr &= mxcsr::FLAGS & !ignored;
+                // MMX mode may or may not have been entered.
+                s.fx.fpu = Fpu { mxcsr: s.fx.fpu.mxcsr, ..Fpu::RESET };
+            }
+            compare(&what, &before, &after, &want);
+        }
+    }
+    assert!(raised > 1_000 && passed > 1_000, "{raised} raised, {passed} passed");
+}
+
+// -- what instructions refuse ------------------------------------------------------------------
+
+const ADDPS: &[u8] = &[0x0F, 0x58, 0xC1];
+const VADDPS: &[u8] = &[0xC5, 0xF0, 0x58, 0xC2];
+const PADDB_MM: &[u8] = &[0x0F, 0xFC, 0xC1];
+const CVTPS2PI: &[u8] = &[0x0F, 0x2D, 0xC1];
+const CVTSD2SI: &[u8] = &[0xF2, 0x0F, 0x2D, 0xC1];
+const ANDN: &[u8] = &[0xC4, 0xE2, 0x70, 0xF2, 0xC2];
+const POPCNT: &[u8] = &[0xF3, 0x0F, 0xB8, 0xC1];
+const MOVNTI: &[u8] = &[0x0F, 0xC3, 0x03];
+const VZEROUPPER: &[u8] = &[0xC5, 0xF8, 0x77];
+const STMXCSR: &[u8] = &[0x0F, 0xAE, 0x1B];
+const LDMXCSR: &[u8] = &[0x0F, 0xAE, 0x13];
+const FADD: &[u8] = &[0xD8, 0xC1];
+const FWAIT: &[u8] = &[0x9B];
+const FNSTSW: &[u8] = &[0xDF, 0xE0];
+const FNINIT: &[u8] = &[0xDB, 0xE3];
+const FXSAVE: &[u8] = &[0x0F, 0xAE, 0x03];
+const FXRSTOR: &[u8] = &[0x0F, 0xAE, 0x0B];
+const XSAVE: &[u8] = &[0x0F, 0xAE, 0x23];
+const XRSTOR: &[u8] = &[0x0F, 0xAE, 0x2B];
+const EMMS: &[u8] = &[0x0F, 0x77];
+
+/// A guest with `change` made, in which RBX points to its data.
+fn outcome(bytes: &[u8], change: impl FnOnce(&mut Cpu)) -> Result<(), Exc> {
+    let guest = Guest::new();
+    guest.with(|c| {
+        c.r[3] = DATA;
+        change(c);
+        exec(c, 64, bytes).expect("ours")
+    })
+}
+
+fn raises(vector: u8) -> Result<(), Exc> {
+    let error = matches!(vector, vec::GP | vec::PF).then_some(0);
+    Err(Exc { vector, error, payload: 0 })
+}
+
+#[test]
+fn the_mode_decides_what_is_allowed() {
+    type Change = fn(&mut Cpu);
+    let ts: Change = |c| c.cr0 |= cr0::TS;
+    let em: Change = |c| c.cr0 |= cr0::EM;
+    let no_osfxsr: Change = |c| c.cr4 &= !cr4::OSFXSR;
+    let no_osxsave: Change = |c| c.cr4 &= !cr4::OSXSAVE;
+    let no_avx: Change = |c| c.xcr0 = 3;
+    let real: Change = |c| c.cr0 &= !cr0::PE;
+    let v86: Change = |c| c.rflags |= fl::VM;
+    let all: [Change; 7] = [ts, em, no_osfxsr, no_osxsave, no_avx, real, v86];
+    // In the order of `all`; 0: allowed.
+    let (nm, ud) = (vec::NM, vec::UD);
+    let table: &[(&[u8], [u8; 7])] = &[
+        (ADDPS, [nm, ud, ud, 0, 0, 0, 0]),
+        (CVTSD2SI, [nm, ud, ud, 0, 0, 0, 0]),
+        (STMXCSR, [nm, ud, ud, 0, 0, 0, 0]),
+        (CVTPS2PI, [nm, ud, ud, 0, 0, 0, 0]),
+        (PADDB_MM, [nm, ud, 0, 0, 0, 0, 0]),
+        (EMMS, [nm, ud, 0, 0, 0, 0, 0]),
+        (VADDPS, [nm, 0, 0, ud, ud, ud, ud]),
+        (VZEROUPPER, [nm, 0, 0, ud, ud, ud, ud]),
+        (ANDN, [0, 0, 0, 0, 0, ud, ud]),
+        (POPCNT, [0, 0, 0, 0, 0, 0, 0]),
+        (MOVNTI, [0, 0, 0, 0, 0, 0, 0]),
+        (FADD, [nm, nm, 0, 0, 0, 0, 0]),
+        (FNINIT, [nm, nm, 0, 0, 0, 0, 0]),
+        (FWAIT, [0, 0, 0, 0, 0, 0, 0]),
+        (FXSAVE, [nm, nm, 0, 0, 0, 0, 0]),
+        (XSAVE, [nm, 0, 0, ud, 0, 0, 0]),
+    ];
+    for (bytes, vectors) in table {
+        for (i, (&change, &vector)) in all.iter().zip(vectors).enumerate() {
+            let r = outcome(bytes, |c| {
+                change(c);
+                c.mode_changed();
+            });
+            let want = if vector == 0 { Ok(()) } else { raises(vector) };
+            assert_eq!(r, want, "{bytes:02x?} with change {i}");
+        }
+    }
+    let r = outcome(FWAIT, |c| c.cr0 |= cr0::TS | cr0::MP);
+    assert_eq!(r, raises(vec::NM));
+}
+
+#[test]
+fn a_pending_x87_exception_is_reported_by_what_waits() {
+    let pending = |c: &mut Cpu| {
+        c.fpu.fcw = 0x37E;
+        c.fpu.set_fsw(1);
+    };
+    for bytes in [FADD, FWAIT, PADDB_MM, EMMS, CVTPS2PI] {
+        assert_eq!(outcome(bytes, pending), raises(vec::MF), "{bytes:02x?}");
+    }
+    for bytes in [FNSTSW, FNINIT, FXSAVE, XSAVE, ADDPS] {
+        assert_eq!(outcome(bytes, pending), Ok(()), "{bytes:02x?}");
+    }
+    // Without CR0.NE the interrupt line tells.
+    let r = outcome(FADD, |c| {
+        pending(c);
+        c.cr0 &= !cr0::NE;
+    });
+    assert_eq!(r, Err(EXIT));
+}
+
+#[test]
+fn alignment_counts_where_it_must() {
+    // [rbx + 8]
+    let legacy = |opcode: &[u8]| [opcode, &[0x43, 0x08]].concat();
+    let gp = raises(vec::GP);
+    for (bytes, want) in [
+        (legacy(&[0x0F, 0x28]), gp),           // movaps
+        (legacy(&[0x0F, 0x29]), gp),           // movaps, store
+        (legacy(&[0x0F, 0x58]), gp),           // addps
+        (legacy(&[0x66, 0x0F, 0xFE]), gp),     // paddd
+        (legacy(&[0x0F, 0x10]), Ok(())),       // movups
+        (legacy(&[0x66, 0x0F, 0xD6]), Ok(())), // movq
+        (legacy(&[0xF3, 0x0F, 0x58]), Ok(())), // addss
+        (legacy(&[0xC5, 0xF8, 0x28]), gp),     // vmovaps
+        (legacy(&[0xC5, 0xFD, 0xE7]), gp),     // vmovntdq, 32 bytes
+        (legacy(&[0xC5, 0xF0, 0x58]), Ok(())), // vaddps
+    ] {
+        assert_eq!(outcome(&bytes, |_| ()), want, "{bytes:02x?}");
+    }
+    assert_eq!(outcome(FXSAVE, |c| c.r[3] += 8), gp);
+    assert_eq!(outcome(XSAVE, |c| c.r[3] += 32), gp);
+    assert_eq!(outcome(XRSTOR, |c| c.r[3] += 32), gp);
+}
+
+#[test]
+fn an_operand_that_faults_changes_nothing() {
+    let end = DATA + DATA_LEN as u64;
+    let guest = Guest::new();
+    let mut rng = Rng(0x7777_0000_1234_5671);
+    let tail = [0xA5; 64];
+    let loads: &[&[u8]] = &[
+        &[0x0F, 0x10, 0x03],       // movups xmm0, [rbx]
+        &[0xC5, 0xFC, 0x58, 0x03], // vaddps ymm0, ymm0, [rbx]
+        &[0xDD, 0x03],             // fld qword [rbx]
+        &[0xDD, 0x23],             // frstor [rbx]
+    ];
+    let stores: &[&[u8]] = &[
+        &[0x0F, 0x11, 0x03],                   // movups [rbx], xmm0
+        &[0xC5, 0xFC, 0x11, 0x03],             // vmovups [rbx], ymm0
+        &[0xDD, 0x1B],                         // fstp qword [rbx]
+        &[0xDD, 0x33],                         // fnsave [rbx]
+        &[0xC4, 0xE3, 0x7D, 0x1D, 0x03, 0x00], // vcvtps2ph [rbx], ymm0
+    ];
+    for (list, write) in [(loads, false), (stores, true)] {
+        for bytes in list {
+            guest.vm.mem.write(end - 64, &tail).unwrap();
+            let mut before = rng.state();
+            before.r[3] = end - 4;
+            guest.with(|c| {
+                set(c, &before);
+                let before = get(c);
+
+                let r = exec(c, 64, bytes).expect("ours");
+
+                let error = Some(if write { 2 } else { 0 });
+                let pf = Exc { vector: vec::PF, error, payload: end };
+                assert_eq!(r, Err(pf), "{bytes:02x?}");
+                assert_eq!(get(c), before, "{bytes:02x?}");
+            });
+            let mut after = [0; 64];
+            guest.vm.mem.read(end - 64, &mut after).unwrap();
+            assert_eq!(after, tail, "{bytes:02x?}");
+        }
+    }
+}
+
+#[test]
+fn masked_moves_fault_only_for_what_they_move() {
+    let end = DATA + DATA_LEN as u64;
+    let guest = Guest::new();
+    // vpmaskmovd ymm0, ymm1, [rbx]; vpmaskmovd [rbx], ymm1, ymm0; maskmovdqu xmm0, xmm1
+    let load: &[u8] = &[0xC4, 0xE2, 0x75, 0x8C, 0x03];
+    let store: &[u8] = &[0xC4, 0xE2, 0x75, 0x8E, 0x03];
+    let bytewise: &[u8] = &[0x66, 0x0F, 0xF7, 0xC1];
+    guest.vm.mem.write(end - 8, &0x2222_2222_1111_1111u64.to_le_bytes()).unwrap();
+    guest.with(|c| {
+        c.r[3] = end - 8;
+        c.r[7] = end - 8;
+        c.ymm[0] = [!0; 4];
+        c.ymm[1] = [0x8000_0000_0000_0000, 0, 0, 0];
+        assert_eq!(exec(c, 64, load), Some(Ok(())));
+        assert_eq!(c.ymm[0], [0x2222_2222_0000_0000, 0, 0, 0]);
+
+        c.ymm[0] = [0x4444_4444_3333_3333, 0, 0, 0];
+        assert_eq!(exec(c, 64, store), Some(Ok(())));
+        assert_eq!(exec(c, 64, bytewise), Some(Ok(())));
+
+        // The third element lies behind the end.
+        let before = [0x5555_5555_5555_5555; 4];
+        c.ymm[0] = before;
+        c.ymm[1] = [0x8000_0000_8000_0000, 0x8000_0000, 0, 0];
+        let pf = |error, payload| Some(Err(Exc { vector: vec::PF, error: Some(error), payload }));
+        assert_eq!(exec(c, 64, load), pf(0, end));
+        assert_eq!(c.ymm[0], before);
+        assert_eq!(exec(c, 64, store), pf(2, end));
+        assert_eq!(exec(c, 64, bytewise), pf(2, end + 3));
+    });
+    let mut after = [0; 8];
+    guest.vm.mem.read(end - 8, &mut after).unwrap();
+    assert_eq!(u64::from_le_bytes(after), 0x4444_4444_1111_1111);
+}
+
+#[test]
+fn a_gather_keeps_what_it_had_before_a_fault() {
+    let end = DATA + DATA_LEN as u64;
+    let guest = Guest::new();
+    // vpgatherdd xmm0, [rbx + xmm2 * 4], xmm1
+    let bytes: &[u8] = &[0xC4, 0xE2, 0x71, 0x90, 0x04, 0x93];
+    guest.vm.mem.write(end - 8, &0x2222_2222_1111_1111u64.to_le_bytes()).unwrap();
+    guest.with(|c| {
+        c.r[3] = end;
+        c.ymm[0] = [0xAAAA_AAAA_AAAA_AAAA; 4];
+        c.ymm[1] = [!0; 4];
+        // Elements at -8, -4, 0 (absent), -8.
+        c.ymm[2] = [0xFFFF_FFFF_FFFF_FFFE, 0xFFFF_FFFE_0000_0000, 0, 0];
+
+        let r = exec(c, 64, bytes);
+
+        let pf = Exc { vector: vec::PF, error: Some(0), payload: end };
+        assert_eq!(r, Some(Err(pf)));
+        assert_eq!(c.ymm[0][..2], [0x2222_2222_1111_1111, 0xAAAA_AAAA_AAAA_AAAA]);
+        assert_eq!(c.ymm[1], [0, !0, 0, 0]);
+
+        // The missing element is found elsewhere when it runs again.
+        c.ymm[2][1] = 0xFFFF_FFFE_FFFF_FFFF;
+        assert_eq!(exec(c, 64, bytes), Some(Ok(())));
+        assert_eq!(c.ymm[0], [0x2222_2222_1111_1111, 0x1111_1111_2222_2222, 0, 0]);
+        assert_eq!(c.ymm[1], [0; 4]);
+    });
+}
+
+#[test]
+fn mxcsr_takes_only_bits_that_exist() {
+    let guest = Guest::new();
+    guest.with(|c| {
+        c.r[3] = DATA;
+        for (v, want) in [(0xFFBF, Ok(())), (0x1_0000, raises(vec::GP))] {
+            guest.vm.mem.write(DATA, &u32::to_le_bytes(v)).unwrap();
+            assert_eq!(exec(c, 64, LDMXCSR), Some(want));
+            assert_eq!(c.fpu.mxcsr, 0xFFBF);
+        }
+        assert_eq!(exec(c, 64, STMXCSR), Some(Ok(())));
+    });
+    let mut v = [0; 4];
+    guest.vm.mem.read(DATA, &mut v).unwrap();
+    assert_eq!(u32::from_le_bytes(v), 0xFFBF);
+    // FXRSTOR and XRSTOR too.
+    for bytes in [FXRSTOR, XRSTOR] {
+        guest.vm.mem.write(DATA + 24, &0x1_0000u32.to_le_bytes()).unwrap();
+        guest.with(|c| {
+            c.r[0] = 7;
+            c.r[2] = 0;
+            assert_eq!(exec(c, 64, bytes), Some(raises(vec::GP)));
+        });
+    }
+}
+
+#[test]
+fn xrstor_refuses_headers_it_does_not_know() {
+    for (at, v) in [
+        (512, 8),           // XSTATE_BV: a component that is not enabled
+        (520, 1),           // XCOMP_BV without bit 63
+        (528, 1),           // reserved
+        (520, 1 << 63 | 8), // compacted, with a component that is not enabled
+    ] {
+        let guest = Guest::new();
+        guest.vm.mem.write(DATA + at, &u64::to_le_bytes(v)).unwrap();
+        guest.with(|c| {
+            c.r[3] = DATA;
+            c.r[0] = 7;
+            assert_eq!(exec(c, 64, XRSTOR), Some(raises(vec::GP)), "{v:#x} at {at}");
+        });
+    }
+    let guest = Guest::new();
+    guest.vm.mem.write(DATA + 512, &[2]).unwrap();
+    guest.vm.mem.write(DATA + 520, &(1u64 << 63 | 1).to_le_bytes()).unwrap();
+    guest.with(|c| {
+        c.r[3] = DATA;
+        c.r[0] = 7;
+        assert_eq!(exec(c, 64, XRSTOR), Some(raises(vec::GP)), "not in XCOMP_BV");
+    });
+}
+
+#[test]
+fn what_is_initial_is_left_out_and_comes_back() {
+    let guest = Guest::new();
+    let mut rng = Rng(0x2222_0000_1234_5671);
+    // xsaveopt [rbx]; xsavec [rbx]
+    for bytes in [&[0x0F, 0xAE, 0x33], &[0x0F, 0xC7, 0x23]] {
+        guest.vm.mem.write(DATA, &[0xEE; 832]).unwrap();
+        guest.vm.mem.write(DATA + 512, &[0; 64]).unwrap();
+        guest.with(|c| {
+            c.r[3] = DATA;
+            c.r[0] = 7;
+            c.fpu = Fpu::RESET;
+            c.fpu.fcw = 0x37F;
+            c.ymm = [[0; 4]; 16];
+            assert_eq!(c.xinuse(), 0);
+            c.ymm[9][1] = 5;
+            assert_eq!(c.xinuse(), 2);
+            assert_eq!(exec(c, 64, bytes), Some(Ok(())));
+            set(c, &rng.state());
+            c.r[3] = DATA;
+            c.r[0] = 7;
+            c.r[2] = 0;
+            assert_eq!(c.xinuse(), 7);
+
+            assert_eq!(exec(c, 64, XRSTOR), Some(Ok(())));
+
+            assert_eq!(c.xinuse(), 2);
+            assert_eq!(c.ymm[9], [0, 5, 0, 0]);
+        });
+        let mut b = [0; 832];
+        guest.vm.mem.read(DATA, &mut b).unwrap();
+        assert_eq!(b[512], 2);
+        assert_eq!(b[..24], [0xEE; 24]);
+        assert_eq!(b[576..], [0xEE; 256]);
+    }
+}
+
+/// 32-bit protected mode; segments that need checks.
+fn compatibility(c: &mut Cpu) {
+    c.set_desc(Reg::Cs, SegDesc { base: 0, limit: u32::MAX, access: 0xC09B });
+    c.mode_changed();
+}
+
+#[test]
+fn outside_64_bit_mode_eight_registers_exist() {
+    let guest = Guest::new();
+    let s = Rng(0x3333_0000_1234_5671).state();
+    guest.with(|c| {
+        compatibility(c);
+        set(c, &s);
+        assert_eq!(exec(c, 32, VZEROUPPER), Some(Ok(())));
+        assert!(c.ymm[..8].iter().all(|y| y[2..] == [0, 0]));
+        assert_eq!(c.ymm[8..], s.ymm[8..]);
+
+        c.r[3] = DATA;
+        assert_eq!(exec(c, 32, FXSAVE), Some(Ok(())));
+    });
+    let mut b = [0; 512];
+    guest.vm.mem.read(DATA, &mut b).unwrap();
+    assert_eq!(b[160..168], s.ymm[0][0].to_le_bytes());
+    assert_eq!(b[160 + 128..], [0; 512 - 160 - 128]);
+}
+
+#[test]
+fn segments_limit_operands() {
+    let guest = Guest::new();
+    guest.with(|c| {
+        compatibility(c);
+        c.set_desc(Reg::Ds, SegDesc { base: 0, limit: DATA as u32 + 14, access: 0x4093 });
+        c.mode_changed();
+        c.r[3] = DATA;
+        assert_eq!(exec(c, 32, &[0x0F, 0x10, 0x03]), Some(raises(vec::GP)));
+        assert_eq!(exec(c, 32, &[0xF3, 0x0F, 0x10, 0x03]), Some(Ok(())));
+        // vpmaskmovd xmm0, xmm1, [ebx]: only what is accessed counts.
+        c.ymm[1] = [0, 0x8000_0000, 0, 0];
+        assert_eq!(exec(c, 32, &[0xC4, 0xE2, 0x71, 0x8C, 0x03]), Some(Ok(())));
+        c.ymm[1] = [0, 0x8000_0000_0000_0000, 0, 0];
+        assert_eq!(exec(c, 32, &[0xC4, 0xE2, 0x71, 0x8C, 0x03]), Some(raises(vec::GP)));
+    });
+}
+
+#[test]
+fn environments_have_four_formats() {
+    let guest = Guest::new();
+    let image = |c: &mut Cpu, bytes: &[u8]| {
+        guest.vm.mem.write(DATA, &[0x77; 28]).unwrap();
+        assert_eq!(exec(c, 32, bytes), Some(Ok(())));
+        let mut b = [0; 28];
+        guest.vm.mem.read(DATA, &mut b).unwrap();
+        b
+    };
+    guest.with(|c| {
+        compatibility(c);
+        let set = |c: &mut Cpu| {
+            c.r[3] = DATA;
+            c.fpu = Fpu { fcw: 0x27F, fop: 0x345, fip: 0x1_2345, fdp: 0x6_789A, ..Fpu::RESET };
+            // 1.0 in physical register 7.
+            c.fpu.set_fsw(0x3800);
+            c.fpu.st[0] = [1 << 63, 0x3FFF];
+            c.fpu.ftw = 0x80;
+        };
+        let dwords = |b: [u8; 28]| -> Vec<u32> {
+            b.chunks(4).map(|w| u32::from_le_bytes(w.try_into().unwrap())).collect()
+        };
+        let words = |b: [u8; 28]| -> Vec<u16> {
+            b.chunks(2).map(|w| u16::from_le_bytes(w.try_into().unwrap())).collect()
+        };
+        let (fnstenv, fldenv): (&[u8], &[u8]) = (&[0xD9, 0x33], &[0xD9, 0x23]);
+        let (fnstenv16, fldenv16): (&[u8], &[u8]) = (&[0x66, 0xD9, 0x33], &[0x66, 0xD9, 0x23]);
+        let tags = 0x3FFF;
+
+        set(c);
+        let b = dwords(image(c, fnstenv));
+        let head = [0xFFFF_027F, 0xFFFF_3800, 0xFFFF_0000 | tags];
+        assert_eq!(b[..3], head);
+        assert_eq!(b[3..], [0x1_2345, 0x345 << 16, 0x6_789A, 0xFFFF_0000]);
+        assert_eq!(c.fpu.fcw, 0x27F | 0x3F);
+        let before = c.fpu;
+        c.fpu = Fpu::RESET;
+        c.fpu.set_fsw(0x3800);
+        assert_eq!(exec(c, 32, fldenv), Some(Ok(())));
+        assert_eq!((c.fpu.fsw, c.fpu.ftw, c.fpu.fop), (before.fsw, before.ftw, before.fop));
+        assert_eq!((c.fpu.fip, c.fpu.fdp), (before.fip, before.fdp));
+
+        set(c);
+        let b = words(image(c, fnstenv16));
+        assert_eq!(b[..7], [0x27F, 0x3800, tags as u16, 0x2345, 0, 0x789A, 0]);
+        assert_eq!(exec(c, 32, fldenv16), Some(Ok(())));
+        assert_eq!((c.fpu.fip, c.fpu.fdp, c.fpu.fop), (0x2345, 0x789A, 0x345));
+
+        c.rflags |= fl::VM;
+        set(c);
+        let b = dwords(image(c, fnstenv));
+        assert_eq!(b[..3], head);
+        assert_eq!(b[3..], [0xFFFF_2345, 0x1345, 0xFFFF_789A, 0x6000]);
+        c.fpu.fip = 0;
+        assert_eq!(exec(c, 32, fldenv), Some(Ok(())));
+        assert_eq!((c.fpu.fip, c.fpu.fdp, c.fpu.fop), (0x1_2345, 0x6_789A, 0x345));
+
+        set(c);
+        let b = words(image(c, fnstenv16));
+        assert_eq!(b[..7], [0x27F, 0x3800, tags as u16, 0x2345, 0x1345, 0x789A, 0x6000]);
+        c.fpu.fip = 0;
+        assert_eq!(exec(c, 32, fldenv16), Some(Ok(())));
+        assert_eq!((c.fpu.fip, c.fpu.fdp, c.fpu.fop), (0x1_2345, 0x6_789A, 0x345));
+    });
+}
+
+#[test]
+fn random_numbers_come_in_three_sizes() {
+    let guest = Guest::new();
+    guest.with(|c| {
+        for (bytes, kept) in [
+            (&[0x66, 0x0F, 0xC7, 0xF1][..], !0xFFFF),
+            (&[0x0F, 0xC7, 0xF1], 0),
+            (&[0x48, 0x0F, 0xC7, 0xF9], 0),
+        ] {
+            c.r[1] = !0;
+            c.fl = 0xFFFF;
+            assert_eq!(exec(c, 64, bytes), Some(Ok(())));
+            assert_eq!(c.get_rflags() & fl::ARITH, fl::CF);
+            assert_ne!(c.r[1], !0);
+            assert_eq!(c.r[1] & kept, kept);
+        }
+        assert!(c.r[1] >> 32 != 0);
+    });
+}
+
+#[test]
+fn equal_instructions_share_a_stub_and_a_reset_forgets_all() {
+    let guest = Guest::new();
+    guest.with(|c| {
+        c.r[3] = DATA;
+        // movups xmm0, [rbx] and [rbx + 16]
+        exec(c, 64, &[0x0F, 0x10, 0x03]).unwrap().unwrap();
+        exec(c, 64, &[0x0F, 0x10, 0x43, 0x10]).unwrap().unwrap();
+        assert_eq!(c.native.stubs.len(), 1);
+        // pand xmm0, xmm1 and xmm2
+        exec(c, 64, &[0x66, 0x0F, 0xDB, 0xC1]).unwrap().unwrap();
+        exec(c, 64, &[0x66, 0x0F, 0xDB, 0xC2]).unwrap().unwrap();
+        assert_eq!(c.native.stubs.len(), 3);
+
+        c.native.reset();
+        assert!(c.native.stubs.is_empty());
+        assert!(!c.native.full());
+        exec(c, 64, &[0x0F, 0x10, 0x03]).unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_full_buffer_is_told_in_time() {
+    let mut native = Native::default();
+    let mut blend = Instruction::default();
+    let mut made = 0;
+    // vpblendw xmm0, xmm1, xmm2, imm8 with all registers: more than the buffer takes.
+    for i in 0u32.. {
+        if native.full() {
+            break;
+        }
+        blend.set_code(Code::VEX_Vpblendw_xmm_xmm_xmmm128_imm8);
+        for n in 0..3 {
+            blend.set_op_kind(n, OpKind::Register);
+            blend.set_op_register(n, Register::XMM0 + (i >> (8 + 4 * n) & 15));
+        }
+        blend.set_op_kind(3, OpKind::Immediate8);
+        blend.set_immediate8(i as u8);
+        native.stub(&blend, Class(Class::AVX | Class::VEX));
+        made += 1;
+    }
+    assert!(made > 10_000, "{made}");
+    // A whole block still fits.
+    assert!(native.code.as_ref().unwrap().room() >= (MAX_OPS - 1) * stub::MAX_LEN);
 }

@@ -11,7 +11,7 @@
 //! they read as 0, as on processors that have done away with FCS and FDS.  In real mode and v8086 mode the
 //! addresses are linear.
 
-use super::simd::{FSW_ES, FSW_TOP, bounced, in_page};
+use super::simd::{FSW_ES, FSW_TOP, readable, writable};
 use super::stub::Stub;
 use super::{Class, Native};
 use crate::exit::Exit;
@@ -232,10 +232,7 @@ unsafe fn from_memory(cpu: &mut Cpu, op: *const Op) -> Flow {
     tri!(cpu, op, start(cpu));
     let size = u64::from(o.aux);
     let lin = tri!(cpu, op, cpu.lin(o, size, false));
-    let p = match tri!(cpu, op, if in_page(lin, size) { cpu.span(lin, false) } else { Ok(None) }) {
-        Some(p) => p,
-        None => tri!(cpu, op, bounced(cpu, lin, size as usize)),
-    };
+    let p = tri!(cpu, op, readable(cpu, lin, size));
     // SAFETY: `p` is good for the operand's size.
     unsafe { run(cpu, o, p) };
     next!(cpu, op)
@@ -247,9 +244,7 @@ unsafe fn to_memory(cpu: &mut Cpu, op: *const Op) -> Flow {
     tri!(cpu, op, start(cpu));
     let size = u64::from(o.aux);
     let lin = tri!(cpu, op, cpu.lin(o, size, true));
-    if in_page(lin, size)
-        && let Some(p) = tri!(cpu, op, cpu.span(lin, true))
-    {
+    if let Some(p) = tri!(cpu, op, writable(cpu, lin, size)) {
         // SAFETY: `p` is good for the operand's size.
         unsafe { run(cpu, o, p) };
         next!(cpu, op)
