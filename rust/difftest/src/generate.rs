@@ -107,6 +107,11 @@ fn excluded(i: &Instruction) -> bool {
     }) {
         return true;
     }
+    // With an operand-size prefix in 64-bit code: some of AMD's truncate RIP even when LOOPNE
+    // does not jump, depending on more than the manual says.
+    if (i.is_loop() || i.is_loopcc() || i.is_jcx_short()) && i.op0_kind() == OpKind::NearBranch16 {
+        return true;
+    }
     matches!(
         i.mnemonic(),
         Rdtsc

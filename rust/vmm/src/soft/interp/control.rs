@@ -244,10 +244,6 @@ pub fn lower(l: &mut Lower) -> Option<Handler> {
                 Mnemonic::Loopne => 2,
                 _ => 3,
             };
-            // AMD's truncate RIP to the operand size also where they do not jump.
-            if crate::soft::cpuid::amd() {
-                l.op.disp &= l.op.amask;
-            }
             sized_wide!(counter_size(l), loops)
         }
         _ if i.condition_code() != ConditionCode::None && near => {

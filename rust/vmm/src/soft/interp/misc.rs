@@ -281,8 +281,8 @@ pub fn lower(l: &mut Lower) -> Option<Handler> {
     use Mnemonic::*;
     Some(match i.mnemonic() {
         Nop | Endbr32 | Endbr64 | Rdsspd | Rdsspq | Prefetchnta | Prefetcht0 | Prefetcht1
-        | Prefetcht2 | Prefetchw | Prefetchwt1 | Prefetchit0 | Prefetchit1 | Prefetch | Cldemote
-        | Reservednop => nop,
+        | Prefetcht2 | Prefetchw | Prefetchwt1 | Prefetchit0 | Prefetchit1 | Prefetch
+        | Cldemote | Reservednop => nop,
         Mfence | Lfence | Sfence => fence,
         Cbw => cbw,
         Cwde => cwde,

@@ -348,10 +348,10 @@ fn enter<T: Int>(cpu: &mut Cpu, i: &Instruction) -> Result<Next, Stop> {
         cpu.set(5 * 8, T::from_u64(frame));
         Ok(Next::Seq)
     })();
-    if r.is_err() {
+    r.map_err(|s| {
         cpu.r[4] = old;
-    }
-    r
+        cpu.stack_fault(s)
+    })
 }
 
 /// Push a segment register.
