@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Final
 
 from pybhyve.errors import BhyveError
@@ -51,7 +52,6 @@ class VcpuThreads:
             threading.Thread(
                 target=self._run,
                 args=(vm.vcpu(index),),
-                name=f"vcpu {index}",
                 daemon=True,
             )
             for index in range(ncpu)
@@ -104,6 +104,8 @@ class VcpuThreads:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self, vcpu: Vcpu) -> None:
+        name = f"vcpu {vcpu.id}"
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
         try:
             if hosts := self._affinity.get(vcpu.id):
                 self._pin(vcpu.id, hosts)
