@@ -6,6 +6,7 @@
 //! however wrong, reaches anything but guest memory.  `SAFETY.md` has the invariants.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::ptr::{self, NonNull};
@@ -49,12 +50,12 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Map `len` bytes anywhere.
-    fn new(len: usize, prot: i32, flags: i32, file: Option<&File>) -> Result<Mapping> {
+    fn new(len: usize, prot: i32, flags: i32, file: Option<&File>) -> io::Result<Mapping> {
         let fd = file.map_or(-1, |f| f.as_raw_fd());
         // SAFETY: no address is given, so no existing mapping is touched.
         let addr = unsafe { libc::mmap(ptr::null_mut(), len, prot, flags, fd, 0) };
         if addr == libc::MAP_FAILED {
-            return Err(Error::last_os(format!("cannot map {len:#x} bytes")));
+            return Err(io::Error::last_os_error());
         }
         let addr = NonNull::new(addr.cast()).expect("mmap without MAP_FIXED never returns 0");
         Ok(Mapping { addr, len })
@@ -90,7 +91,9 @@ impl Segment {
         let len = self.length as usize;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-        let window = Mapping::new(len, prot, flags, Some(&self.file))?;
+        let window = Mapping::new(len, prot, flags, Some(&self.file)).map_err(|cause| {
+            Error::Host { what: format!("cannot map memory segment {}", self.id), cause }
+        })?;
         Ok(self.window.get_or_init(|| window).addr)
     }
 }
@@ -188,9 +191,15 @@ impl GuestMemory {
     fn with_span(span: u64) -> Result<GuestMemory> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let pages = (span >> PAGE_SHIFT) as usize;
+        let reserve = |len, prot| {
+            Mapping::new(len, prot, flags, None).map_err(|cause| Error::Host {
+                what: format!("cannot reserve {} GiB of addresses (ulimit -v?)", span >> 30),
+                cause,
+            })
+        };
         Ok(GuestMemory {
-            space: Mapping::new(span as usize, libc::PROT_NONE, flags, None)?,
-            flags: Mapping::new(pages, libc::PROT_READ | libc::PROT_WRITE, flags, None)?,
+            space: reserve(span as usize, libc::PROT_NONE)?,
+            flags: reserve(pages, libc::PROT_READ | libc::PROT_WRITE)?,
             layout: Mutex::default(),
             code_watcher: OnceLock::new(),
         })

@@ -25,7 +25,6 @@ stats! {
     exits "total number of vm exits",
     exits_userspace "number of vm exits handled in userspace",
     hlt "number of times hlt was intercepted",
-    cr_access "number of times %cr access was intercepted",
     rdmsr "number of times rdmsr was intercepted",
     wrmsr "number of times wrmsr was intercepted",
     mtrap "number of monitor trap exits",
@@ -43,8 +42,6 @@ stats! {
     instructions "number of instructions retired",
     blocks_decoded "number of blocks decoded",
     blocks_dropped "number of blocks dropped because their code was written",
-    page_walks "number of page walks",
-    tlb_flushes "number of TLB flushes",
 }
 
 /// An event counter; additions are relaxed.

@@ -258,6 +258,11 @@ impl Vcpu {
         let exit = self.run_until_exit(vm);
         self.stats.runtime_ns.add(vm.clock.now().saturating_sub(start));
         self.stats.exits_userspace.inc();
+        match exit {
+            Exit::Mmio { .. } => self.stats.mmio.inc(),
+            Exit::Pause => self.stats.pause.inc(),
+            _ => {}
+        }
         Ok(exit)
     }
 
@@ -526,7 +531,8 @@ impl Vcpu {
     }
 
     /// As newly created, for `Vm::reinit`.
-    pub(crate) fn reinit(&self) {
+    pub(crate) fn reinit(&self, vm: &Vm) -> Result<()> {
+        self.set_x2apic(vm, false)?;
         self.reset();
         let mut cpu = self.freeze();
         cpu.flush_tlb();
@@ -542,6 +548,7 @@ impl Vcpu {
             flag.store(false, Ordering::SeqCst);
         }
         self.stats.reset();
+        Ok(())
     }
 }
 
@@ -559,5 +566,49 @@ fn merge_pages(ranges: &mut Vec<(u64, u64)>) {
             Some((gpa, len)) if start <= *gpa + *len => *len = (*len).max(end - *gpa),
             _ => ranges.push((start, end - start)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::memory::PAGE_SIZE;
+
+    fn covers(ranges: &[(u64, u64)], gpa: u64, len: u64) -> bool {
+        ranges.iter().any(|&(start, n)| start <= gpa && gpa + len <= start + n)
+    }
+
+    proptest! {
+        #[test]
+        fn merged_ranges_are_few_and_miss_nothing(
+            ranges in prop::collection::vec((0..64_u64 << 12, 1..9000_u64), 0..200)
+        ) {
+            let mut merged = ranges.clone();
+            merge_pages(&mut merged);
+            for &(gpa, len) in &ranges {
+                prop_assert!(covers(&merged, gpa, len));
+            }
+            for &(gpa, len) in &merged {
+                prop_assert!(len > 0 && (gpa | len).is_multiple_of(PAGE_SIZE));
+            }
+            for pair in merged.windows(2) {
+                prop_assert!(pair[0].0 + pair[0].1 < pair[1].0);
+            }
+        }
+    }
+
+    #[test]
+    fn code_writes_do_not_pile_up() {
+        let vm = Vm::new(1).unwrap();
+        let vcpu = &vm.vcpus[0];
+        for n in 0..100_000 {
+            vcpu.code_written(0x1000 + n % 0x3000, 1);
+        }
+        let writes = lock(&vcpu.code_writes);
+        assert!(writes.len() <= 2 * CODE_WRITES, "{}", writes.len());
+        assert!((0..0x3000).all(|n| covers(&writes, 0x1000 + n, 1)));
+        assert_ne!(vcpu.events.peek() & events::CODE, 0);
     }
 }

@@ -162,7 +162,7 @@ impl Vm {
         if let Some(vcpu) = self.vcpus.iter().find(|v| v.is_running()) {
             return Err(Error::Busy(format!("vCPU {} is running", vcpu.id)));
         }
-        self.vcpus.iter().for_each(|v| v.reinit());
+        self.vcpus.iter().try_for_each(|v| v.reinit(self))?;
         self.reset_devices();
         self.mem.clear_sysmem()?;
         self.suspend.store(SuspendHow::None as u32, Ordering::SeqCst);
@@ -421,6 +421,7 @@ impl Vm {
         } else {
             return None;
         };
+        self.vcpus[vcpu as usize].stats.mmio.inc();
         Some(value)
     }
 
@@ -436,6 +437,7 @@ impl Vm {
         } else {
             return false;
         }
+        self.vcpus[vcpu as usize].stats.mmio.inc();
         true
     }
 
@@ -961,6 +963,7 @@ mod tests {
         vm.mem.write(0x8000, b"old").unwrap();
         let cmos = vm.rtc_read(0x34).unwrap();
         vm.rtc_write(0x34, !cmos).unwrap();
+        vm.vcpus[0].set_x2apic(&vm, true).unwrap();
         let exits = spawn(&vm, 0);
         end(&vm, &[exits]);
         while vm.vcpus[0].is_running() {
@@ -969,6 +972,7 @@ mod tests {
         vm.reinit().unwrap();
         assert_eq!((vm.suspended(), vm.active_cpus()), (None, vec![]));
         assert_eq!(vm.mem.load::<u8>(0x8000), Some(0));
+        assert!(!vm.vcpus[0].x2apic());
         assert_eq!(vm.mem.maps().len(), 1);
         vm.activate_cpu(0).unwrap();
         vm.mem.write(0x1000, SPIN).unwrap();
