@@ -29,6 +29,7 @@ AUX_IRQ: Final = 12
 STATUS_OBF: Final = 0x01  # a byte for the guest is there
 STATUS_SYS: Final = 0x04  # the self test has passed
 STATUS_CMD: Final = 0x08  # the last byte written was a command
+STATUS_UNLOCKED: Final = 0x10  # the lock on the case is open
 STATUS_AUX: Final = 0x20  # the byte that is there comes from the mouse
 
 RAM_SIZE: Final = 32  # byte 0 is the command byte
@@ -86,7 +87,7 @@ class Atkbdc(Device):
 
     def _power_on(self) -> None:
         self._ram = bytearray(RAM_SIZE)
-        self._status = 0
+        self._status = STATUS_UNLOCKED
         self._data = 0
         self._outport = OUT_RESET | OUT_A20
         self._argument_of = 0  # the command that waits for a byte at the data port
