@@ -62,7 +62,8 @@ pub struct KeyHasher(u64);
 
 impl Hasher for KeyHasher {
     fn finish(&self) -> u64 {
-        self.0
+        // The map picks its bucket by the low bits, and a product has its mixture in the high ones.
+        self.0 ^ self.0 >> 32
     }
     fn write(&mut self, bytes: &[u8]) {
         for &b in bytes {
