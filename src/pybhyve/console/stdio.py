@@ -7,6 +7,7 @@ streams, and the end of the input is not an error.
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Callable
 from typing import Final
@@ -48,10 +49,13 @@ def open_nonblocking(fd: int) -> int:
     """A descriptor for what ``fd`` writes to, that does not block and is our own.
 
     O_NONBLOCK belongs to the open file, which other processes share: setting it on
-    ``fd`` would break the shell that gave us its terminal.
+    ``fd`` would break the shell that gave us its terminal.  A regular file never blocks,
+    and opened again it would not share its position with who writes to it next.
     """
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return os.dup(fd)
     try:
-        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_APPEND)
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK)
     except OSError:  # a socket, or a file that may not be opened again
         copy = os.dup(fd)
         os.set_blocking(copy, False)
