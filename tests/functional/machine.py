@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.functional.console import Console
 from tools import guests
 
-BOOT_TIMEOUT = 180  # seconds; an interpreted boot on a busy machine
+BOOT_TIMEOUT = 240  # seconds; an interpreted boot on a busy machine
 
 PROGRAM_DIR = Path(sys.executable).parent  # where bhyve and bhyvectl are installed
 
