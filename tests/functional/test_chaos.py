@@ -10,7 +10,7 @@ from tests.functional.machine import Programs, Starter
 from tools import guests
 
 SECONDS = 20  # for each mode
-EACH = 4.0  # seconds until a machine that does not end by itself is ended
+EACH = 2.0  # seconds until a machine that does not end by itself is ended
 
 ENDINGS = {
     0,  # reset

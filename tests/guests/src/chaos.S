@@ -31,6 +31,14 @@
 	movl $0x400, 0xfee00350	# LVT LINT0: NMI
 	.endm
 
+	.macro acknowledge	# by polling: an NMI does not, and the 8259 would stay silent
+	mov $0x0c, %al
+	out %al, $0x20
+	in $0x20, %al
+	mov $0x20, %al
+	out %al, $0x20
+	.endm
+
 	.macro next	# xorshift32 (Marsaglia, 2003) of eax
 	mov %eax, %edx
 	shl $13, %edx
@@ -68,8 +76,7 @@ again:
 	mov %ax, %ss
 	mov $stack_top, %esp
 	cld
-	mov $0x20, %al
-	out %al, $0x20
+	acknowledge
 	mov seed, %eax
 	mov $ARENA, %edi
 	mov $LENGTH / 4, %ecx
@@ -130,8 +137,7 @@ again:
 	mov %eax, %ss
 	mov $stack_top, %esp
 	cld
-	mov $0x20, %al
-	out %al, $0x20
+	acknowledge
 	mov AT(seed), %eax
 	mov $ARENA, %edi
 	mov $LENGTH / 4, %ecx
@@ -180,8 +186,7 @@ again:
 	mov $ARENA >> 4, %ax
 	mov %ax, %es
 	cld
-	mov $0x20, %al
-	out %al, $0x20
+	acknowledge
 	mov LOW + seed - low_start, %eax
 	xor %di, %di
 	mov $LENGTH / 4, %cx
