@@ -81,6 +81,8 @@ pub struct Cache {
     jumps: Box<[Jump]>,
     /// Part of every jump entry's key; changing it empties the jump cache.
     jump_gen: u64,
+    /// Number of the address space (12 bits), the other part.
+    space: u64,
     map: Map<*const Block>,
     pages: Map<Vec<*const Block>>,
     blocks: Vec<Box<Block>>,
@@ -101,6 +103,7 @@ impl Default for Cache {
         Cache {
             jumps: vec![Jump { lin: 0, key: 0, block: ptr::null() }; JUMP_ENTRIES].into(),
             jump_gen: 1,
+            space: 0,
             map: Map::default(),
             pages: Map::default(),
             blocks: Vec::new(),
@@ -124,6 +127,11 @@ impl Cache {
         self.jump_gen += 1;
     }
 
+    /// Find only what was found in this address space.
+    pub fn enter_space(&mut self, asid: u64) {
+        self.space = asid;
+    }
+
     pub fn set_mode(&mut self, bits: u32, big_stack: bool, flat: bool) {
         self.mode = (bits / 32) as u8
             | if big_stack { mode::BIG_STACK } else { 0 }
@@ -131,7 +139,7 @@ impl Cache {
     }
 
     fn jump_key(&self, user: bool) -> u64 {
-        self.jump_gen << 8 | u64::from(self.mode) | u64::from(user) << 7
+        self.jump_gen << 20 | self.space << 8 | u64::from(self.mode) | u64::from(user) << 7
     }
 
     /// Block for a linear address, if the jump cache has it.

@@ -174,6 +174,7 @@ impl Cpu {
     fn new_asid(&mut self) -> u64 {
         if self.tlb.next_asid > MAX_ASID {
             self.tlb.clear();
+            self.cache.flush_jumps();
             self.tlb.pcids = [(0, 0); PCID_SLOTS];
             self.tlb.next_asid = 1;
         }
@@ -194,7 +195,7 @@ impl Cpu {
         self.tlb.pcids[0] = (self.pcid(), asid);
         self.tlb.pcid_victim = 1;
         self.asid = asid;
-        self.cache.flush_jumps();
+        self.cache.enter_space(asid);
     }
 
     /// CR3 was written: enter its address space, keeping its old translations if `keep`.
@@ -215,7 +216,7 @@ impl Cpu {
             }
         };
         self.asid = asid;
-        self.cache.flush_jumps();
+        self.cache.enter_space(asid);
     }
 
     /// Forget the translations of one PCID (INVPCID).
@@ -249,18 +250,19 @@ impl Cpu {
 
     /// Anything that decides about address computation, privilege or decoding has changed.
     pub fn mode_changed(&mut self) {
-        let code64 = self.code64();
-        for i in 0..6 {
-            self.seg_base[i] = if code64 && i < 4 { 0 } else { self.seg[i].base };
-        }
-        self.sp_mask = if code64 {
-            u64::MAX
-        } else if self.seg[SS as usize].access & acc::DB != 0 {
-            0xFFFF_FFFF
-        } else {
-            0xFFFF
-        };
         self.choose_bank();
+        if self.code64() {
+            let (fs, gs) = (self.seg[FS as usize].base, self.seg[GS as usize].base);
+            self.seg_base = [0, 0, 0, 0, fs, gs];
+            self.sp_mask = u64::MAX;
+            self.cache.set_mode(64, true, true);
+            return;
+        }
+        for i in 0..6 {
+            self.seg_base[i] = self.seg[i].base;
+        }
+        self.sp_mask =
+            if self.seg[SS as usize].access & acc::DB != 0 { 0xFFFF_FFFF } else { 0xFFFF };
         let flat = |s: &Seg, rw: u32| {
             s.base == 0
                 && s.limit == u32::MAX
@@ -273,7 +275,7 @@ impl Cpu {
                 let s = &self.seg[s as usize];
                 flat(s, acc::RW) && s.access & acc::CODE == 0
             });
-        self.cache.set_mode(self.code_bits(), self.sp_mask != 0xFFFF, code64 || all_flat);
+        self.cache.set_mode(self.code_bits(), self.sp_mask != 0xFFFF, all_flat);
     }
 
     /// What decides about the right to access data has changed: CPL, AC, SMAP, breakpoints.

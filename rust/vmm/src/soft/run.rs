@@ -205,7 +205,7 @@ impl Cpu {
     #[inline]
     fn stepping(&self) -> bool {
         self.shadow
-            || self.rflags & (fl::TF | fl::RF) != 0
+            || self.rflags & fl::TF != 0
             || self.dr7 & 0xFF != 0
             || !self.replay.is_empty()
             || self.vcpu().has_cap(Caps::MTRAP_EXIT)
@@ -223,7 +223,9 @@ impl Cpu {
 
     /// Run blocks until something outside of them has to be looked at.
     fn blocks(&mut self) -> Why {
-        let mut block = match self.lookup() {
+        // RF only matters to breakpoints, and with those set instructions run one by one.
+        self.rflags &= !fl::RF;
+        let mut block = match self.next_block() {
             Ok(b) => b,
             Err(s) => return self.stop(s),
         };
@@ -251,17 +253,10 @@ impl Cpu {
                     continue;
                 }
             }
-            let lin = self.code_lin(self.rip);
-            let next = self.cache.jump(lin, self.cpl == 3);
-            // SAFETY: as above.
-            if !next.is_null() && unsafe { (*next).valid.get() } {
-                block = next;
-            } else {
-                block = match self.lookup() {
-                    Ok(b) => b,
-                    Err(s) => return self.stop(s),
-                };
-            }
+            block = match self.next_block() {
+                Ok(b) => b,
+                Err(s) => return self.stop(s),
+            };
             if flow < INDIRECT {
                 self.link(b, flow as usize, block);
             }
@@ -279,6 +274,18 @@ impl Cpu {
         if flat && from.gpa >> 12 == t.gpa >> 12 && from.gpa2.is_none() && t.gpa2.is_none() {
             from.links[way].set(to);
         }
+    }
+
+    /// The block at `rip`, from the jump cache if it is there.
+    #[inline(always)]
+    fn next_block(&mut self) -> Result<*const Block, Stop> {
+        let lin = self.code_lin(self.rip);
+        let known = self.cache.jump(lin, self.cpl == 3);
+        // SAFETY: as in `blocks`.
+        if !known.is_null() && unsafe { (*known).valid.get() } {
+            return Ok(known);
+        }
+        self.lookup()
     }
 
     /// The block at `rip`; raises what fetching it raises.

@@ -283,7 +283,9 @@ pub fn lower(l: &mut Lower) -> Option<Handler> {
         Nop | Endbr32 | Endbr64 | Rdsspd | Rdsspq | Prefetchnta | Prefetcht0 | Prefetcht1
         | Prefetcht2 | Prefetchw | Prefetchwt1 | Prefetchit0 | Prefetchit1 | Prefetch
         | Cldemote | Reservednop => nop,
-        Mfence | Lfence | Sfence => fence,
+        // Loads are done one by one anyway.
+        Lfence => nop,
+        Mfence | Sfence => fence,
         Cbw => cbw,
         Cwde => cwde,
         Cdqe => cdqe,
