@@ -8,7 +8,7 @@ use vmm::soft::cpuid::decoder_options;
 pub struct Rng(pub u64);
 
 impl Rng {
-    pub fn next(&mut self) -> u64 {
+    pub fn word(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
         z = (z ^ z >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -18,7 +18,7 @@ impl Rng {
 
     /// Below `n`.
     pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
+        self.word() % n
     }
 
     fn pick<T: Copy>(&mut self, from: &[T]) -> T {
@@ -46,8 +46,8 @@ impl Rng {
         match self.below(4) {
             0 => self.pick(&EDGES),
             1 => self.below(64),
-            2 => self.next() & 0xFFFF_FFFF,
-            _ => self.next(),
+            2 => self.word() & 0xFFFF_FFFF,
+            _ => self.word(),
         }
     }
 
@@ -80,7 +80,7 @@ impl Rng {
             0 => self.pick(&DOUBLES),
             1 => u64::from(self.pick(&FLOATS)) << 32 | u64::from(self.pick(&FLOATS)),
             2 => self.value(),
-            _ => self.next(),
+            _ => self.word(),
         }
     }
 }
@@ -232,11 +232,11 @@ pub fn instruction(rng: &mut Rng, mode: Mode) -> Option<Vec<u8>> {
     if vex {
         b.clear();
         if rng.below(2) == 0 {
-            b.extend([0xC5, rng.next() as u8 | if long { 0 } else { 0xC0 }]);
+            b.extend([0xC5, rng.word() as u8 | if long { 0 } else { 0xC0 }]);
         } else {
             let map = 1 + rng.below(3) as u8;
-            let rxb = if long { rng.next() as u8 & 0xE0 } else { 0xE0 };
-            b.extend([0xC4, rxb | map, rng.next() as u8 & if long { 0xFF } else { 0x7F }]);
+            let rxb = if long { rng.word() as u8 & 0xE0 } else { 0xE0 };
+            b.extend([0xC4, rxb | map, rng.word() as u8 & if long { 0xFF } else { 0x7F }]);
         }
     } else {
         if long && rng.below(2) == 0 {
@@ -250,7 +250,7 @@ pub fn instruction(rng: &mut Rng, mode: Mode) -> Option<Vec<u8>> {
         }
     }
     for _ in 0..14 {
-        b.push(rng.next() as u8);
+        b.push(rng.word() as u8);
     }
     let mut d = Decoder::with_ip(mode.bits(), &b, CODE, decoder_options());
     let i = d.decode();
@@ -328,7 +328,7 @@ pub fn case(seed: u64, mode: Mode, most: u64) -> Case {
             2 => 0x3FFF + rng.below(70),
             _ => rng.below(0x8000),
         };
-        *s = [rng.next() | 1 << 63, e | rng.below(2) << 15];
+        *s = [rng.word() | 1 << 63, e | rng.below(2) << 15];
     }
     let mxcsr = match rng.below(4) {
         0 => 0x1F80,
@@ -343,12 +343,12 @@ pub fn case(seed: u64, mode: Mode, most: u64) -> Case {
         regs: Regs {
             gpr,
             rip: CODE,
-            flags: rng.next() & FLAGS & !(if rng.below(4) != 0 { 0x400 } else { 0 }),
+            flags: rng.word() & FLAGS & !(if rng.below(4) != 0 { 0x400 } else { 0 }),
             ymm,
             mxcsr,
             fcw,
             fsw: (rng.below(8) << 11) as u16,
-            ftw: rng.next() as u8,
+            ftw: rng.word() as u8,
             st,
         },
         data,

@@ -56,9 +56,9 @@ impl Guest {
         put(0x1000, 0x2007);
         put(0x2000, 0x3007);
         put(0x3000 + (CODE >> 21) * 8, 0x4007);
-        put(0x4000 + (CODE >> 12 & 511) * 8, PHYS_CODE | 7);
-        for i in 0..DATA_LEN as u64 >> 12 {
-            put(0x4000 + ((DATA >> 12 & 511) + i) * 8, PHYS_DATA + (i << 12) | 7);
+        put(0x4000 + ((CODE >> 12) & 511) * 8, PHYS_CODE | 7);
+        for i in 0..(DATA_LEN as u64) >> 12 {
+            put(0x4000 + (((DATA >> 12) & 511) + i) * 8, (PHYS_DATA + (i << 12)) | 7);
         }
         put(0x1000 + 256 * 8, 0x5003);
         put(0x5000, 0x83);
@@ -80,7 +80,7 @@ impl Guest {
         for v in 0..32u64 {
             let to = KERNEL + STUBS + v * 16;
             let dpl = if v == 3 || v == 4 { 0xEE00 } else { 0x8E00 };
-            put(IDT + 16 * v, to & 0xFFFF | 0x10 << 16 | dpl << 32 | (to >> 16 & 0xFFFF) << 48);
+            put(IDT + 16 * v, to & 0xFFFF | 0x10 << 16 | dpl << 32 | ((to >> 16) & 0xFFFF) << 48);
             put(IDT + 16 * v + 8, to >> 32);
             // mov [KERNEL + REPORT + 8 * vector], al
             let mut code = vec![0xA2];

@@ -99,9 +99,9 @@ impl Case {
         }
         let (h, o) = (&host.regs, &ours.regs);
         let count = if self.mode == Mode::Long { 16 } else { 8 };
-        for i in 0..count {
-            if h.gpr[i] != o.gpr[i] {
-                say(NAMES[i].into(), format!("{:#x}", h.gpr[i]), format!("{:#x}", o.gpr[i]));
+        for (name, (a, b)) in NAMES.iter().zip(h.gpr.iter().zip(&o.gpr)).take(count) {
+            if a != b {
+                say((*name).into(), format!("{a:#x}"), format!("{b:#x}"));
             }
         }
         let defined = FLAGS & !self.undefined_flags();

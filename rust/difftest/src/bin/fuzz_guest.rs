@@ -24,8 +24,8 @@ fn fill(rng: &mut Rng, vm: &Vm) {
     let mut bytes = Vec::with_capacity(MEMORY as usize);
     while bytes.len() < MEMORY as usize {
         match rng.below(4) {
-            0 => bytes.extend(rng.next().to_le_bytes()),
-            1 => bytes.extend((rng.next() & rng.next() & rng.next()).to_le_bytes()),
+            0 => bytes.extend(rng.word().to_le_bytes()),
+            1 => bytes.extend((rng.word() & rng.word() & rng.word()).to_le_bytes()),
             _ => {
                 let mode = if rng.below(2) == 0 { Mode::Long } else { Mode::Compat };
                 bytes.extend(instruction(rng, mode).unwrap_or_default());
@@ -43,7 +43,7 @@ fn page_tables(rng: &mut Rng, vm: &Vm) {
     put(0x2000, 0x3007);
     put(0x3000, 0x4007);
     for i in 0..512 {
-        let flags = if rng.below(8) == 0 { rng.next() & 0x8000_0000_0000_01FF } else { 7 };
+        let flags = if rng.below(8) == 0 { rng.word() & 0x8000_0000_0000_01FF } else { 7 };
         let to = if rng.below(16) == 0 { rng.below(512) } else { i };
         put(0x4000 + 8 * i, to << 12 | flags);
     }
@@ -81,12 +81,12 @@ fn set_up(rng: &mut Rng, vm: &Vm, v: &Vcpu, mode: &str) {
         c.set_desc(Reg::Tr, SegDesc { base, limit: 0x2067, access: 0x8B });
         c.set_reg(Reg::Tr, 0x40);
         for r in Reg::ALL.iter().take(15).filter(|r| !matches!(r, Reg::Cr0 | Reg::Cr3 | Reg::Cr4)) {
-            c.set_reg(*r, if rng.below(2) == 0 { rng.below(MEMORY) } else { rng.next() });
+            c.set_reg(*r, if rng.below(2) == 0 { rng.below(MEMORY) } else { rng.word() });
         }
         c.set_reg(Reg::Rsp, rng.below(MEMORY));
         c.set_reg(Reg::Rip, rng.below(0x10000));
         let vm86 = if mode == "v86" { 0x2_0000 } else { 0 };
-        c.set_reg(Reg::Rflags, rng.next() & 0x3ED5 | vm86 | 2);
+        c.set_reg(Reg::Rflags, rng.word() & 0x3ED5 | vm86 | 2);
     });
     if efer_mode(mode) {
         page_tables(rng, vm);
@@ -103,7 +103,7 @@ fn drive(rng: &mut Rng, vm: &Arc<Vm>, v: &Vcpu) -> &'static str {
     loop {
         match v.run(vm).expect("run") {
             Exit::Inout { value: None, .. } | Exit::Mmio { value: None, .. } => {
-                v.with_cpu(|c| c.complete(rng.next()));
+                v.with_cpu(|c| c.complete(rng.word()));
             }
             Exit::Rdmsr { .. } | Exit::Wrmsr { .. } => {
                 v.with_cpu(|c| c.inject_exception(13, Some(0), true));

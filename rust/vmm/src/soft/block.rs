@@ -85,6 +85,7 @@ pub struct Cache {
     space: u64,
     map: Map<*const Block>,
     pages: Map<Vec<*const Block>>,
+    #[expect(clippy::vec_box, reason = "blocks are pointed to: they must not move")]
     blocks: Vec<Box<Block>>,
     ops: usize,
     /// Pages that lost their last block.

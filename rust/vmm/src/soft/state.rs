@@ -372,7 +372,7 @@ impl Cpu {
     /// What a handler returns when its instruction cannot complete.
     #[cold]
     #[inline(never)]
-    pub fn stop_at(&mut self, op: *const Op, stop: Stop) -> Flow {
+    pub(crate) fn stop_at(&mut self, op: *const Op, stop: Stop) -> Flow {
         // SAFETY: handlers pass the op that they were called with.
         let op = unsafe { &*op };
         self.rip = op.rip(self) & self.rip_mask();

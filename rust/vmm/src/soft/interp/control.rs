@@ -157,7 +157,7 @@ unsafe fn loops<T: Int>(cpu: &mut Cpu, op: *const Op) -> Flow {
 }
 
 /// Falls into the next block: what ends a block that was cut short.
-pub unsafe fn fall(cpu: &mut Cpu, op: *const Op) -> Flow {
+pub(crate) unsafe fn fall(cpu: &mut Cpu, op: *const Op) -> Flow {
     // SAFETY: handlers are called with their op.
     let o = unsafe { &*op };
     cpu.rip = o.rip(cpu) & cpu.rip_mask();

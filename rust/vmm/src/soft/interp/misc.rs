@@ -128,7 +128,7 @@ fn salc(cpu: &mut Cpu, _: &Instruction) -> Result<Next, Stop> {
 fn szp(v: u8) -> u32 {
     (if v & 0x80 != 0 { SF } else { 0 })
         | (if v == 0 { ZF } else { 0 })
-        | (if v.count_ones() % 2 == 0 { PF } else { 0 })
+        | (if v.count_ones().is_multiple_of(2) { PF } else { 0 })
 }
 
 fn daa_das(cpu: &mut Cpu, sub: bool) {
