@@ -37,6 +37,7 @@ impl Cpu {
         }
         let (retired, decoded, dropped) =
             (self.cache.retired, self.cache.decoded, self.cache.invalidated);
+        self.native.enter();
         self.enter_guest();
         let exit = self.execute();
         self.leave_guest();

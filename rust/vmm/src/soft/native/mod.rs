@@ -42,9 +42,10 @@ use super::op::{Handler, MAX_OPS};
 use super::state::Fpu;
 use codebuf::CodeBuf;
 use iced_x86::{CpuidFeature, Instruction, InstructionInfoFactory};
+use std::arch::asm;
 use std::collections::HashMap;
 use std::mem;
-use stub::Stub;
+use stub::{Stub, X87Plan};
 
 /// Which conditions an instruction depends on, and what it touches.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -94,16 +95,29 @@ struct Image {
     rest: [u64; 44],
 }
 
+/// Which of two stubs for an instruction.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Kind {
+    /// Of `stub::build`.
+    Whole,
+    /// Of `stub::build_x87`.
+    Planned,
+}
+
 /// Generated code of a vCPU.
 pub struct Native {
-    /// What the host's MXCSR is outside of stubs.
+    /// What the host's MXCSR and x87 control word are outside of stubs.
     host_mxcsr: u32,
+    host_fcw: u16,
+    /// x87 status word behind the last stub of `stub::build_x87`.  The host's exception flags
+    /// are sticky: they are among these until the next time that something clears them.
+    x87_status: u16,
     bounce: Bounce,
     /// The x87 state while an instruction uses it.
     image: Image,
     code: Option<CodeBuf>,
     /// By what `stub::normalise` makes of an instruction.
-    stubs: HashMap<Instruction, Stub>,
+    stubs: HashMap<(Instruction, Kind), Stub>,
     info: InstructionInfoFactory,
 }
 
@@ -111,6 +125,8 @@ impl Default for Native {
     fn default() -> Self {
         Native {
             host_mxcsr: 0x1F80,
+            host_fcw: 0x37F,
+            x87_status: 0,
             bounce: Bounce([0; 64]),
             image: Image { fpu: Fpu::RESET, rest: [0; 44] },
             code: None,
@@ -126,6 +142,13 @@ impl Native {
         self.code.as_ref().is_some_and(|c| c.room() < MAX_OPS * stub::MAX_LEN)
     }
 
+    /// The vCPU starts to run on this thread, on which others may have used the x87 unit.
+    pub fn enter(&mut self) {
+        // SAFETY: clears exception flags, which nobody but stubs looks at.
+        unsafe { asm!("fnclex", options(nomem, nostack, preserves_flags)) };
+        self.x87_status = 0;
+    }
+
     /// Forget all stubs.  No block decoded before may run again.
     pub fn reset(&mut self) {
         self.stubs.clear();
@@ -137,18 +160,35 @@ impl Native {
     /// # Panics
     /// If the host gives no memory for code, or if `full` was not heeded.
     fn stub(&mut self, insn: &Instruction, class: Class) -> Stub {
+        self.cached(insn, Kind::Whole, |insn, info| stub::build(insn, class, info))
+    }
+
+    /// The stub for an x87 instruction, with `plan` made for it.
+    ///
+    /// # Panics
+    /// As `stub`.
+    fn x87_stub(&mut self, insn: &Instruction, plan: &X87Plan) -> Stub {
+        self.cached(insn, Kind::Planned, |_, _| stub::build_x87(plan))
+    }
+
+    fn cached(
+        &mut self,
+        insn: &Instruction,
+        kind: Kind,
+        build: impl FnOnce(&Instruction, &mut InstructionInfoFactory) -> Vec<u8>,
+    ) -> Stub {
         let insn = stub::normalise(insn);
-        if let Some(&s) = self.stubs.get(&insn) {
+        if let Some(&s) = self.stubs.get(&(insn, kind)) {
             return s;
         }
-        let bytes = stub::build(&insn, class, &mut self.info);
+        let bytes = build(&insn, &mut self.info);
         let code = self.code.get_or_insert_with(|| {
             CodeBuf::new().unwrap_or_else(|e| panic!("cannot map memory for generated code: {e}"))
         });
         let at = code.push(&bytes).expect("`full` is asked before each block");
         // SAFETY: the bytes are a function of this type; they stay until `reset`.
         let s = unsafe { mem::transmute::<*mut u8, Stub>(at.as_ptr()) };
-        self.stubs.insert(insn, s);
+        self.stubs.insert((insn, kind), s);
         s
     }
 }

@@ -103,6 +103,29 @@ impl Assembler {
         self.emit(&Instruction::with2(code, field(offset), r).expect("a store"));
     }
 
+    fn unary(&mut self, code: Code, offset: usize) {
+        self.emit(&Instruction::with1(code, field(offset)).expect("an instruction on memory"));
+    }
+
+    fn load_flags(&mut self) {
+        self.load(Code::Mov_r32_rm32, Register::EAX, offset_of!(Cpu, fl));
+        // add al, 127 sets OF from bit 0 of AL; sahf.
+        self.bytes(&[0x04, 0x7F, 0x9E]);
+    }
+
+    fn store_flags(&mut self) {
+        // lahf; seto al; movzx eax, ax
+        self.bytes(&[0x9F, 0x0F, 0x90, 0xC0, 0x0F, 0xB7, 0xC0]);
+        self.store(Code::Mov_rm32_r32, offset_of!(Cpu, fl), Register::EAX);
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.emit(&Instruction::with(Code::Retnq));
+        let code = self.0.take_buffer();
+        assert!(code.len() <= MAX_LEN, "a stub of {} bytes", code.len());
+        code
+    }
+
     fn bytes(&mut self, bytes: &[u8]) {
         for &b in bytes {
             self.0.write_u8(b);
@@ -188,9 +211,10 @@ pub fn build(insn: &Instruction, class: Class, info: &mut InstructionInfoFactory
         .any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_ymm());
 
     let mut a = Assembler(Encoder::new(64));
-    let image = field(offset_of!(Cpu, native) + offset_of!(Native, image));
+    let native = offset_of!(Cpu, native);
+    let mxcsr = offset_of!(Cpu, fpu) + offset_of!(Fpu, mxcsr);
     if class.x87() {
-        a.emit(&Instruction::with1(Code::Fxrstor64_m512byte, image).expect("fxrstor"));
+        a.unary(Code::Fxrstor64_m512byte, native + offset_of!(Native, image));
     }
     for g in gprs.iter().filter(|g| g.read) {
         let offset = offset_of!(Cpu, r) + usize::from(g.offset);
@@ -215,13 +239,10 @@ pub fn build(insn: &Instruction, class: Class, info: &mut InstructionInfoFactory
     let flags = insn.rflags_modified() & ARITH;
     let defined = flags & !insn.rflags_undefined();
     if insn.rflags_read() & ARITH != 0 || flags != 0 && defined != ARITH {
-        a.load(Code::Mov_r32_rm32, Register::EAX, offset_of!(Cpu, fl));
-        // add al, 127 sets OF from bit 0 of AL; sahf.
-        a.bytes(&[0x04, 0x7F, 0x9E]);
+        a.load_flags();
     }
     if class.mxcsr() {
-        let offset = field(offset_of!(Cpu, fpu) + offset_of!(Fpu, mxcsr));
-        a.emit(&Instruction::with1(Code::Ldmxcsr_m32, offset).expect("ldmxcsr"));
+        a.unary(Code::Ldmxcsr_m32, mxcsr);
     }
 
     a.emit(&insn);
@@ -230,15 +251,11 @@ pub fn build(insn: &Instruction, class: Class, info: &mut InstructionInfoFactory
         a.store(Code::Mov_rm64_r64, offset_of!(Cpu, r) + usize::from(g.offset), g.host);
     }
     if flags != 0 {
-        // lahf; seto al; movzx eax, ax
-        a.bytes(&[0x9F, 0x0F, 0x90, 0xC0, 0x0F, 0xB7, 0xC0]);
-        a.store(Code::Mov_rm32_r32, offset_of!(Cpu, fl), Register::EAX);
+        a.store_flags();
     }
     if class.mxcsr() {
-        let offset = field(offset_of!(Cpu, fpu) + offset_of!(Fpu, mxcsr));
-        a.emit(&Instruction::with1(Code::Stmxcsr_m32, offset).expect("stmxcsr"));
-        let offset = field(offset_of!(Cpu, native) + offset_of!(Native, host_mxcsr));
-        a.emit(&Instruction::with1(Code::Ldmxcsr_m32, offset).expect("ldmxcsr"));
+        a.unary(Code::Stmxcsr_m32, mxcsr);
+        a.unary(Code::Ldmxcsr_m32, native + offset_of!(Native, host_mxcsr));
     }
     for v in vectors.iter().filter(|v| v.written) {
         let offset = offset_of!(Cpu, ymm) + 32 * v.number as usize;
@@ -256,7 +273,7 @@ pub fn build(insn: &Instruction, class: Class, info: &mut InstructionInfoFactory
     }
     if class.x87() {
         // Neither of these reports what may be pending.
-        a.emit(&Instruction::with1(Code::Fxsave64_m512byte, image).expect("fxsave"));
+        a.unary(Code::Fxsave64_m512byte, native + offset_of!(Native, image));
         a.emit(&Instruction::with(Code::Fninit));
     }
     if class.mmx() {
@@ -265,13 +282,63 @@ pub fn build(insn: &Instruction, class: Class, info: &mut InstructionInfoFactory
     if wide {
         a.emit(&Instruction::with(Code::VEX_Vzeroupper));
     }
-    a.emit(&Instruction::with(Code::Retnq));
-    let code = a.0.take_buffer();
-    assert!(code.len() <= MAX_LEN, "a stub of {} bytes", code.len());
-    code
+    a.finish()
 }
 
-/// Offset in [`Cpu`] of a physical x87 register while TOP is 0.
+/// An x87 instruction of which is known what it does to the stack.
+pub struct X87Plan {
+    /// Register to load besides ST(0); it becomes the host's ST(1).
+    pub other: Option<u8>,
+    /// ST(0) is an operand.
+    pub top: bool,
+    /// None: only moves between registers.
+    pub insn: Option<Instruction>,
+    /// What is then on the host's stack, from its top, and where it goes; None: nowhere.
+    pub results: Vec<Option<u8>>,
+}
+
+/// Generate the stub for an x87 instruction that finds its operands in place and whose exceptions are
+/// masked.  Loads and stores of 80 bits have no other effects, so only its operands need to be
+/// on the host's stack.
+pub fn build_x87(plan: &X87Plan) -> Vec<u8> {
+    let mut a = Assembler(Encoder::new(64));
+    let native = offset_of!(Cpu, native);
+    a.unary(Code::Fldcw_m2byte, offset_of!(Cpu, fpu) + offset_of!(Fpu, fcw));
+    for i in plan.other.into_iter().chain(plan.top.then_some(0)) {
+        a.unary(Code::Fld_m80fp, st(i.into()));
+    }
+    let mut flags = false;
+    if let Some(insn) = &plan.insn {
+        let mut insn = normalise(insn);
+        for n in 0..insn.op_count() {
+            if insn.op_kind(n) == OpKind::Register && insn.op_register(n) != Register::ST0 {
+                insn.set_op_register(n, Register::ST1);
+            }
+        }
+        if insn.rflags_read() & ARITH != 0 {
+            a.load_flags();
+        }
+        a.emit(&insn);
+        flags = insn.rflags_modified() & ARITH != 0;
+    }
+    if flags {
+        a.store_flags();
+    }
+    a.unary(Code::Fnstsw_m2byte, native + offset_of!(Native, x87_status));
+    for r in &plan.results {
+        match r {
+            Some(i) => a.unary(Code::Fstp_m80fp, st((*i).into())),
+            None => {
+                let drop = Instruction::with1(Code::Fstp_sti, Register::ST0);
+                a.emit(&drop.expect("fstp"));
+            }
+        }
+    }
+    a.unary(Code::Fldcw_m2byte, native + offset_of!(Native, host_fcw));
+    a.finish()
+}
+
+/// Offset in [`Cpu`] of ST(`number`), which is the MMX register of this number while TOP is 0.
 fn st(number: u32) -> usize {
     offset_of!(Cpu, fpu) + offset_of!(Fpu, st) + 16 * number as usize
 }
