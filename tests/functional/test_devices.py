@@ -35,7 +35,8 @@ def test_pci_uart_carries_both_ways(start: Starter) -> None:
         line.settimeout(30)
         text = bytes(range(256)) * 16
         sender = threading.Thread(target=line.sendall, args=(text,))
-        console.run(f"(head -c {len(text)} /dev/ttyS4 > /tmp/in; echo > /tmp/done) & true")
+        receive = f"head -c {len(text)} /dev/ttyS4 > /tmp/in; echo > /tmp/done"
+        console.run(f"({receive}) & true")
         # As on any serial line, what comes before the port is open is lost.
         console.run("sleep 1")
         sender.start()

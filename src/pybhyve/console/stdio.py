@@ -49,8 +49,8 @@ def open_nonblocking(fd: int) -> int:
     """A descriptor for what ``fd`` writes to, that does not block and is our own.
 
     O_NONBLOCK belongs to the open file, which other processes share: setting it on
-    ``fd`` would break the shell that gave us its terminal.  A regular file never blocks,
-    and opened again it would not share its position with who writes to it next.
+    ``fd`` would break the shell that gave us its terminal.  A regular file never
+    blocks, and opened again it would not share its position with who writes to it next.
     """
     if stat.S_ISREG(os.fstat(fd).st_mode):
         return os.dup(fd)
