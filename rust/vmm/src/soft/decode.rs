@@ -103,7 +103,7 @@ impl Lower<'_> {
     }
 
     /// Segment of the memory operand; 64-bit mode ignores overrides with ES, CS, SS and DS.
-    fn memory_segment(&self) -> Register {
+    pub fn memory_segment(&self) -> Register {
         let i = &self.insn;
         match i.memory_segment() {
             s @ (Register::FS | Register::GS) => s,

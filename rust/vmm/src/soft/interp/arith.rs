@@ -483,12 +483,15 @@ fn bit<O: Bit>(l: &mut Lower) -> Handler {
 
 /// BSF, BSR and two-operand IMUL: register destination.
 trait Source {
+    /// Nothing is written, not even the upper half, when the source is zero.
+    const ZERO_KEEPS: bool;
     fn run<T: Wide>(a: T, b: T, f: u32) -> (T, u32);
 }
 macro_rules! source_op {
-    ($name:ident, $f:ident) => {
+    ($name:ident, $f:ident, $keeps:literal) => {
         struct $name;
         impl Source for $name {
+            const ZERO_KEEPS: bool = $keeps;
             #[inline(always)]
             fn run<T: Wide>(a: T, b: T, f: u32) -> (T, u32) {
                 T::$f(a, b, f)
@@ -496,15 +499,18 @@ macro_rules! source_op {
         }
     };
 }
-source_op!(Bsf, bsf);
-source_op!(Bsr, bsr);
-source_op!(Imul2, imul2);
+source_op!(Bsf, bsf, true);
+source_op!(Bsr, bsr, true);
+source_op!(Imul2, imul2, false);
 
 unsafe fn src_r<T: Wide, O: Source>(cpu: &mut Cpu, op: *const Op) -> Flow {
     // SAFETY: handlers are called with their op.
     let o = unsafe { &*op };
-    let (v, f) = O::run::<T>(cpu.get(o.dst), cpu.get(o.src), cpu.fl);
-    cpu.set(o.dst, v);
+    let b: T = cpu.get(o.src);
+    let (v, f) = O::run::<T>(cpu.get(o.dst), b, cpu.fl);
+    if !O::ZERO_KEEPS || b != T::default() {
+        cpu.set(o.dst, v);
+    }
     cpu.fl = f;
     next!(cpu, op)
 }
@@ -515,7 +521,9 @@ unsafe fn src_m<T: Wide, O: Source>(cpu: &mut Cpu, op: *const Op) -> Flow {
     let lin = tri!(cpu, op, cpu.lin(o, T::SIZE, false));
     let b = tri!(cpu, op, cpu.ld::<T>(lin));
     let (v, f) = O::run::<T>(cpu.get(o.dst), b, cpu.fl);
-    cpu.set(o.dst, v);
+    if !O::ZERO_KEEPS || b != T::default() {
+        cpu.set(o.dst, v);
+    }
     cpu.fl = f;
     next!(cpu, op)
 }

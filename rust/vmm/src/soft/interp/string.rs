@@ -318,7 +318,7 @@ pub fn lower(l: &mut Lower) -> Option<Handler> {
             _ => {}
         }
     }
-    let seg = i.memory_segment();
+    let seg = l.memory_segment();
     l.seg(if seg == Register::None { Register::ES } else { seg });
     if l.bits != 64 && !l.flat {
         l.op.flags |= F_CHECK;

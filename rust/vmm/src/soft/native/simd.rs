@@ -31,7 +31,7 @@ pub const FSW_ES: u16 = 1 << 7;
 /// FSW: which physical register is ST(0).
 pub const FSW_TOP: u16 = 7 << 11;
 
-/// Raise what the processor's mode forbids, or go on; MMX instructions enter MMX mode.
+/// Raise what the processor's mode forbids, or go on.
 #[inline(always)]
 pub fn check<const K: u8>(cpu: &mut Cpu) -> Result<(), Stop> {
     let mut ok = true;
@@ -48,7 +48,7 @@ pub fn check<const K: u8>(cpu: &mut Cpu) -> Result<(), Stop> {
         ok &= cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & 6 == 6 && cpu.cr0 & cr0::TS == 0;
     }
     if K & Class::MMX != 0 {
-        ok &= cpu.fpu.fsw & (FSW_ES | FSW_TOP) == 0 && cpu.fpu.ftw == 0xFF;
+        ok &= cpu.fpu.fsw & FSW_ES == 0;
     }
     if ok { Ok(()) } else { refused(cpu, Class(K)) }
 }
@@ -67,13 +67,17 @@ fn refused(cpu: &mut Cpu, class: Class) -> Result<(), Stop> {
     if has(Class::SSE | Class::MMX | Class::AVX) && cpu.cr0 & cr0::TS != 0 {
         return Err(cpu.raise(vec::NM, None));
     }
-    if has(Class::MMX) {
-        super::x87::pending(cpu)?;
-        // MMX registers are the physical x87 registers: TOP becomes 0, and nothing is empty.
+    if has(Class::MMX) { super::x87::pending(cpu) } else { Ok(()) }
+}
+
+/// What an MMX instruction does to the x87 unit once nothing can fault any more: its registers are the
+/// physical ones, so TOP becomes 0, and none is empty.
+#[inline(always)]
+pub fn enter_mmx<const K: u8>(cpu: &mut Cpu) {
+    if K & Class::MMX != 0 && (cpu.fpu.fsw & FSW_TOP != 0 || cpu.fpu.ftw != 0xFF) {
         cpu.fpu.set_fsw(cpu.fpu.fsw & !FSW_TOP);
         cpu.fpu.ftw = 0xFF;
     }
-    Ok(())
 }
 
 /// Run the op's instruction on `mem`.
@@ -202,6 +206,7 @@ unsafe fn on_registers<const K: u8>(cpu: &mut Cpu, op: *const Op) -> Flow {
     // SAFETY: called as a handler.
     let o = unsafe { &*op };
     tri!(cpu, op, check::<K>(cpu));
+    enter_mmx::<K>(cpu);
     // SAFETY: the stub does not use its operand.
     tri!(cpu, op, unsafe { run::<K>(cpu, o, ptr::null_mut()) });
     next!(cpu, op)
@@ -213,6 +218,7 @@ unsafe fn from_memory<const K: u8>(cpu: &mut Cpu, op: *const Op) -> Flow {
     let o = unsafe { &*op };
     tri!(cpu, op, check::<K>(cpu));
     let p = tri!(cpu, op, source(cpu, o));
+    enter_mmx::<K>(cpu);
     // SAFETY: `p` is good for the operand's size.
     tri!(cpu, op, unsafe { run::<K>(cpu, o, p) });
     next!(cpu, op)
@@ -227,6 +233,7 @@ unsafe fn to_memory<const K: u8>(cpu: &mut Cpu, op: *const Op) -> Flow {
     if K & Class::FP == 0
         && let Some(p) = tri!(cpu, op, writable(cpu, lin, u64::from(o.aux)))
     {
+        enter_mmx::<K>(cpu);
         // SAFETY: `p` is good for the operand's size.
         tri!(cpu, op, unsafe { run::<K>(cpu, o, p) });
     } else {
@@ -243,6 +250,7 @@ unsafe fn to_memory<const K: u8>(cpu: &mut Cpu, op: *const Op) -> Flow {
 unsafe fn to_bounce<const K: u8>(cpu: &mut Cpu, op: &Op, lin: u64) -> Result<(), Stop> {
     let size = usize::from(op.aux);
     cpu.probe_write(lin, size as u64, Right::Current)?;
+    enter_mmx::<K>(cpu);
     let p = cpu.native.bounce.0.as_mut_ptr();
     // SAFETY: the bounce buffer is larger than any operand.
     unsafe { run::<K>(cpu, op, p)? };
@@ -459,6 +467,14 @@ pub fn wants_aligned(insn: &Instruction, class: Class, size: usize) -> bool {
             insn.mnemonic(),
             Vmovaps | Vmovapd | Vmovdqa | Vmovntps | Vmovntpd | Vmovntdq | Vmovntdqa
         );
+    }
+    let sha = matches!(
+        insn.mnemonic(),
+        Sha1msg1 | Sha1msg2 | Sha1nexte | Sha1rnds4 | Sha256msg1 | Sha256msg2 | Sha256rnds2
+    );
+    if sha && crate::soft::cpuid::amd() {
+        // As its processors do, whatever the manual says.
+        return false;
     }
     let any = matches!(
         insn.mnemonic(),

@@ -1,7 +1,7 @@
 //! Instructions of the vector families that are more than a function of registers and one
 //! memory operand.
 
-use super::simd::{check, class, classed, in_page, mxcsr};
+use super::simd::{check, class, classed, enter_mmx, in_page, mxcsr};
 use super::stub::Stub;
 use super::{Class, Native};
 use crate::soft::Cpu;
@@ -84,6 +84,7 @@ unsafe fn zero(cpu: &mut Cpu, op: *const Op) -> Flow {
 
 unsafe fn emms(cpu: &mut Cpu, op: *const Op) -> Flow {
     tri!(cpu, op, check::<{ Class::MMX }>(cpu));
+    enter_mmx::<{ Class::MMX }>(cpu);
     cpu.fpu.ftw = 0;
     next!(cpu, op)
 }
@@ -221,6 +222,7 @@ unsafe fn masked_bytes<const K: u8>(cpu: &mut Cpu, op: *const Op) -> Flow {
     let o = unsafe { &*op };
     tri!(cpu, op, check::<K>(cpu));
     let (data, mask) = (usize::from(o.src), usize::from(o.aux));
+    enter_mmx::<K>(cpu);
     let (data, mask, count) = if K & Class::MMX != 0 {
         ([cpu.fpu.st[data][0], 0, 0, 0], [cpu.fpu.st[mask][0], 0, 0, 0], 8)
     } else {
@@ -273,18 +275,18 @@ unsafe fn gathered(cpu: &mut Cpu, op: *const Op) -> Flow {
     let (o, g) = unsafe { (&*op, &*((*op).imm as *const Gather)) };
     tri!(cpu, op, check::<{ Class::AVX | Class::VEX }>(cpu));
     let mut dst = bytes(&cpu.ymm[g.dst]);
-    let mut mask = [0; 32];
+    let mut mask = bytes(&cpu.ymm[g.mask]);
     let mut left = signs(&cpu.ymm[g.mask], g.width, g.count);
     let r = gather_elements(cpu, o, g, &mut dst, &mut left);
-    // A fault leaves what was gathered, and its mask bits clear; userland's part of an access does
-    // not, because the instruction is run again from its start.
+    // A fault leaves what was gathered, and the mask clear up to there; userland's part of an
+    // access does not, because the instruction is run again from its start.
     if r != Err(Stop::Exit) {
-        for i in (0..g.count).filter(|i| left >> i & 1 != 0) {
-            mask[i * g.width..(i + 1) * g.width].fill(0xFF);
-        }
         if r.is_ok() {
             dst[g.count * g.width..].fill(0);
+            mask.fill(0);
         }
+        let done = (left.trailing_zeros() as usize).min(g.count);
+        mask[..done * g.width].fill(0);
         cpu.ymm[g.dst] = quads(&dst);
         cpu.ymm[g.mask] = quads(&mask);
     }
