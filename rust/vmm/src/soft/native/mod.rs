@@ -144,8 +144,15 @@ impl Native {
 
     /// The vCPU starts to run on this thread, on which others may have used the x87 unit.
     pub fn enter(&mut self) {
-        // SAFETY: clears exception flags, which nobody but stubs looks at.
-        unsafe { asm!("fnclex", options(nomem, nostack, preserves_flags)) };
+        // SAFETY: it clears exception flags; nobody keeps anything in the x87 unit across this.
+        unsafe {
+            asm!(
+                "fnclex",
+                out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
+                out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _,
+                options(nomem, nostack, preserves_flags)
+            );
+        }
         self.x87_status = 0;
     }
 

@@ -556,7 +556,17 @@ pub(super) use classed;
 
 pub fn lower(l: &mut Lower, native: &mut Native) -> Option<Handler> {
     let insn = l.insn;
-    if !insn.cpuid_features().iter().all(|&f| covered(f)) || excluded(insn.mnemonic()) {
+    let size = insn.memory_size().size();
+    let simple = insn.op_kinds().all(|k| match k {
+        OpKind::Register | OpKind::Immediate8 => true,
+        OpKind::Memory => (1..=32).contains(&size),
+        _ => false,
+    });
+    if !insn.cpuid_features().iter().all(|&f| covered(f))
+        || excluded(insn.mnemonic())
+        || !simple
+        || insn.is_vsib()
+    {
         return None;
     }
     let class = class(&insn);
@@ -565,7 +575,6 @@ pub fn lower(l: &mut Lower, native: &mut Native) -> Option<Handler> {
         return Some(classed!(class, on_registers));
     };
     l.mem();
-    let size = insn.memory_size().size();
     l.op.aux = size as u8;
     l.op.dst = if wants_aligned(&insn, class, size) { size as u8 - 1 } else { 0 };
     let access = native.info.info(&insn).op_access(n);

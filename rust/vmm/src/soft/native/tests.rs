@@ -1019,6 +1019,18 @@ fn a_pending_x87_exception_is_reported_by_what_waits() {
 }
 
 #[test]
+fn without_osxmmexcpt_a_vector_exception_is_an_invalid_opcode() {
+    // divps xmm0, xmm1: 0 by 0
+    for (clear, want) in [(0, vec::XM), (cr4::OSXMMEXCPT, vec::UD)] {
+        let r = outcome(&[0x0F, 0x5E, 0xC1], |c| {
+            c.fpu.mxcsr = 0x1F00;
+            c.cr4 &= !clear;
+        });
+        assert_eq!(r, raises(want));
+    }
+}
+
+#[test]
 fn alignment_counts_where_it_must() {
     // [rbx + 8]
     let legacy = |opcode: &[u8]| [opcode, &[0x43, 0x08]].concat();
@@ -1413,4 +1425,26 @@ fn a_full_buffer_is_told_in_time() {
     assert!(made > 10_000, "{made}");
     // A whole block still fits.
     assert!(native.code.as_ref().unwrap().room() >= (MAX_OPS - 1) * stub::MAX_LEN);
+}
+
+#[test]
+fn a_vector_store_over_code_is_seen_by_the_next_instruction() {
+    let guest = Guest::new();
+    // movups [rip], xmm0; mov al, 1; mov [0x80000000], al
+    let code = [0x0F, 0x11, 0x05, 0, 0, 0, 0, 0xB0, 1, 0xA2, 0, 0, 0, 0x80, 0, 0, 0, 0];
+    guest.vm.mem.write(CODE_AT, &code).unwrap();
+    // A device's page.
+    guest.vm.mem.write(0x3000 + 16, &(0x8000_0000u64 | 0x87).to_le_bytes()).unwrap();
+    let mut new = [0; 16];
+    new.copy_from_slice(&[&[0xB0, 2], &code[9..], &[0; 5]].concat());
+    guest.with(|c| {
+        c.ymm[0][0] = u64::from_le_bytes(new[..8].try_into().unwrap());
+        c.ymm[0][1] = u64::from_le_bytes(new[8..].try_into().unwrap());
+        c.rip = CODE_AT;
+    });
+    guest.vm.activate_cpu(0).unwrap();
+
+    let exit = guest.vcpu.run(&guest.vm).unwrap();
+
+    assert_eq!(exit, crate::exit::Exit::Mmio { gpa: 0x8000_0000, size: 1, value: Some(2) });
 }
