@@ -5,7 +5,8 @@ GUEST ?= debian12-cloud
 CPUS ?= 1
 MEMORY ?= 512M
 PYTEST_ARGS ?=
-FUZZ_ARGS ?= --seconds 600
+FUZZ_SECONDS ?= 600
+FUZZ_SEED ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,13 +18,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 RUST_SOURCES := $(shell find rust -path rust/target -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint rust-check bench fuzz-cpu clean
+.PHONY: help setup run test check lint rust-check bench fuzz-cpu fuzz-guest clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "Variables: GUEST=$(GUEST) CPUS=$(CPUS) MEMORY=$(MEMORY) PYTEST_ARGS FUZZ_ARGS"
+	@echo "Variables: GUEST=$(GUEST) CPUS=$(CPUS) MEMORY=$(MEMORY) PYTEST_ARGS"
+	@echo "           FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED)"
 
 setup: $(VENV)/.installed ## Build and install into .venv: bhyve, bhyvectl, bhyveload
 
@@ -46,14 +48,19 @@ lint: $(VENV)/.developed
 rust-check: $(VENV)/.developed
 	@echo "== rustfmt"; cd rust && $(CARGO) fmt --check
 	@echo "== clippy"; cd rust && $(CARGO) clippy --workspace --all-targets -- -D warnings
-	@echo "== cargo test"; cd rust && $(CARGO) test -p vmm
+	@echo "== cargo test"; cd rust && $(CARGO) test -p vmm -p difftest
 
 bench: $(VENV)/.developed ## Boot times and instructions per second, beside QEMU's TCG
 	@$(BIN)/python -m benchmarks.mips
 	@$(BIN)/python -m benchmarks.boot
 
-fuzz-cpu: setup ## Compare random instructions with this processor, for FUZZ_ARGS
-	@cd rust && $(CARGO) run --release -p vmm --example fuzz_cpu -- $(FUZZ_ARGS)
+fuzz-cpu: ## Random instructions against this processor, for FUZZ_SECONDS
+	@cd rust && $(CARGO) run --release -p difftest --bin fuzz-cpu -- \
+		$(FUZZ_SECONDS) $(FUZZ_SEED)
+
+fuzz-guest: ## Random bytes in each mode, for FUZZ_SECONDS: vmm neither fails nor hangs
+	@cd rust && $(CARGO) run --release -p difftest --bin fuzz-guest -- \
+		$(FUZZ_SECONDS) $(FUZZ_SEED)
 
 clean: ## Remove what was built (fetched packages stay in the user's cache)
 	rm -rf $(VENV) build dist rust/target src/pybhyve/*.so

@@ -33,7 +33,8 @@ const MOV_FS: &[u8] = &[0x8E, 0xE0];
 #[test]
 fn loading_a_segment_register() {
     use Mode::*;
-    let table: &[(Mode, u8, &[u8], u16, Option<(u8, Option<u32>)>)] = &[
+    type Row = (Mode, u8, &'static [u8], u16, Option<(u8, Option<u32>)>);
+    let table: &[Row] = &[
         (Prot, 0, MOV_DS, DATA32, None),
         (Prot, 0, MOV_DS, 0, None),
         (Prot, 0, MOV_DS, 3, None),
