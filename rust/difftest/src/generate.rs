@@ -266,7 +266,7 @@ pub fn instruction(rng: &mut Rng, mode: Mode) -> Option<Vec<u8>> {
         let no_base = i.memory_base() == Register::None && i.memory_index() == Register::None;
         let v = match (no_base, i.memory_base()) {
             (_, Register::RIP) => DATA.wrapping_sub(CODE) + rng.below(0x1800),
-            (true, _) if n >= 4 => DATA + rng.below(0x1800),
+            (true, _) if n >= 4 || mode == Mode::Small => mode.data() + rng.below(0x1800),
             _ => rng.below(0x400).wrapping_sub(0x200),
         };
         let bytes = v.to_le_bytes();
@@ -282,6 +282,23 @@ pub fn instruction(rng: &mut Rng, mode: Mode) -> Option<Vec<u8>> {
     Some(b)
 }
 
+/// A decimal adjustment: what it leaves undefined must not decide about what follows.
+fn decimal(code: &[u8], mode: Mode) -> bool {
+    use Mnemonic::*;
+    let i = Decoder::new(mode.bits(), code, decoder_options()).decode();
+    matches!(i.mnemonic(), Aaa | Aas | Aam | Aad | Daa | Das)
+}
+
+/// The case of a seed: half of them 64-bit code, half of one instruction.
+pub fn mixed(seed: u64) -> Case {
+    let mode = match seed % 4 {
+        0 => Mode::Small,
+        1 => Mode::Compat,
+        _ => Mode::Long,
+    };
+    case(seed, mode, if seed & 4 == 0 { 1 } else { 6 })
+}
+
 /// One to `most` random instructions with random registers and data.
 pub fn case(seed: u64, mode: Mode, most: u64) -> Case {
     let mut rng = Rng(seed);
@@ -290,18 +307,18 @@ pub fn case(seed: u64, mode: Mode, most: u64) -> Case {
     let mut got = 0;
     while got < n {
         if let Some(b) = instruction(&mut rng, mode) {
+            got = if decimal(&b, mode) { n } else { got + 1 };
             code.extend(b);
-            got += 1;
         }
     }
     let mut gpr = [0; 16];
     for g in &mut gpr {
         *g = match rng.below(3) {
-            0 => DATA + 0x400 + rng.below(0x1800),
-            1 => DATA + 0x400 + rng.below(0x180) * 16,
+            0 => mode.data() + 0x400 + rng.below(0x1800),
+            1 => mode.data() + 0x400 + rng.below(0x180) * 16,
             _ => rng.value(),
         };
-        if mode == Mode::Compat {
+        if mode != Mode::Long {
             *g &= 0xFFFF_FFFF;
         }
     }
@@ -310,7 +327,10 @@ pub fn case(seed: u64, mode: Mode, most: u64) -> Case {
         gpr[1] = rng.below(300);
     }
     if rng.below(8) != 0 {
-        gpr[4] = DATA + 0x800 + rng.below(0x100) * 8;
+        gpr[4] = mode.data() + 0x800 + rng.below(0x100) * 8;
+    }
+    if mode == Mode::Small {
+        gpr[4] &= 0xFFFF;
     }
     let mut ymm = [[0; 4]; 16];
     for w in ymm.iter_mut().flatten() {

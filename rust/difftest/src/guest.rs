@@ -105,9 +105,20 @@ impl Guest {
             c.set_reg(Reg::Cr4, 0x5_0620);
             c.set_reg(Reg::Efer, 0xD01);
             c.set_reg(Reg::Cr0, 0x8005_0033);
-            let data = SegDesc { base: 0, limit: u32::MAX, access: 0xC0F3 };
+            let limit = u32::MAX;
+            let flat = SegDesc { base: 0, limit, access: 0xC0F3 };
+            let (cs, code, ds, data) = match case.mode {
+                Mode::Small => (
+                    7,
+                    SegDesc { base: CODE, limit: 0xFFF, access: 0xFB },
+                    0xF,
+                    SegDesc { base: DATA, limit: DATA_LEN as u32 - 1, access: 0xF3 },
+                ),
+                Mode::Compat => (0x23, SegDesc { base: 0, limit, access: 0xC0FB }, 0x2B, flat),
+                Mode::Long => (0x33, SegDesc { base: 0, limit, access: 0xA0FB }, 0x2B, flat),
+            };
             for r in [Reg::Ss, Reg::Ds, Reg::Es] {
-                c.set_reg(r, 0x2B);
+                c.set_reg(r, ds);
                 c.set_desc(r, data);
             }
             let null = SegDesc { base: 0, limit: 0, access: 0x1_0000 };
@@ -115,10 +126,8 @@ impl Guest {
                 c.set_reg(r, 0);
                 c.set_desc(r, null);
             }
-            let (sel, access) =
-                if case.mode == Mode::Long { (0x33, 0xA0FB) } else { (0x23, 0xC0FB) };
-            c.set_reg(Reg::Cs, sel);
-            c.set_desc(Reg::Cs, SegDesc { base: 0, limit: u32::MAX, access });
+            c.set_reg(Reg::Cs, cs);
+            c.set_desc(Reg::Cs, code);
             c.set_desc(Reg::Gdtr, SegDesc { base: KERNEL + GDT, limit: 0x7F, access: 0 });
             c.set_desc(Reg::Idtr, SegDesc { base: KERNEL + IDT, limit: 0x1FF, access: 0 });
             c.set_reg(Reg::Tr, 0x40);
@@ -126,7 +135,7 @@ impl Guest {
             for (r, v) in GPRS.iter().zip(case.regs.gpr) {
                 c.set_reg(*r, v);
             }
-            c.set_reg(Reg::Rip, CODE);
+            c.set_reg(Reg::Rip, if case.mode == Mode::Small { 0 } else { CODE });
             c.set_reg(Reg::Rflags, case.regs.flags | 0x202);
             c.xcr0 = 7;
             c.ymm = case.regs.ymm;

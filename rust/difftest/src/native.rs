@@ -50,7 +50,9 @@ impl Native {
         check(pid.into(), "fork")?;
         if pid == 0 {
             let ok = map(fd, 0, 0x1000, CODE, rw | libc::PROT_EXEC).is_ok()
-                && map(fd, 0x1000, DATA_LEN, DATA, rw).is_ok();
+                && map(fd, 0x1000, DATA_LEN, DATA, rw).is_ok()
+                && local_descriptor(0, CODE, 0xFFF, 2)
+                && local_descriptor(1, DATA, DATA_LEN as u32 - 1, 0);
             // SAFETY: as above.
             unsafe {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -113,11 +115,16 @@ impl Native {
         (u.rsp, u.rbp, u.rsi, u.rdi) = (g[4], g[5], g[6], g[7]);
         (u.r8, u.r9, u.r10, u.r11) = (g[8], g[9], g[10], g[11]);
         (u.r12, u.r13, u.r14, u.r15) = (g[12], g[13], g[14], g[15]);
-        u.rip = CODE;
+        u.rip = if case.mode == Mode::Small { 0 } else { CODE };
         u.eflags = case.regs.flags | 0x202;
         u.orig_rax = u64::MAX;
-        u.cs = if case.mode == Mode::Long { 0x33 } else { 0x23 };
-        (u.ss, u.ds, u.es, u.fs, u.gs) = (0x2B, 0x2B, 0x2B, 0, 0);
+        let (cs, data) = match case.mode {
+            Mode::Small => (7, 0xF),
+            Mode::Compat => (0x23, 0x2B),
+            Mode::Long => (0x33, 0x2B),
+        };
+        u.cs = cs;
+        (u.ss, u.ds, u.es, u.fs, u.gs) = (data, data, data, 0, 0);
         (u.fs_base, u.gs_base) = (0, 0);
         // SAFETY: `u` is a register set of the kernel's layout.
         unsafe {
@@ -176,6 +183,14 @@ impl Drop for Native {
             libc::munmap(self.data.cast(), DATA_LEN);
         }
     }
+}
+
+/// A 16-bit segment in this process's LDT; `contents` is 0 for data and 2 for code.
+fn local_descriptor(index: u32, base: u64, limit: u32, contents: u32) -> bool {
+    // struct user_desc: entry, base, limit, flags (contents 2:1, useable 6).
+    let d = [index, base as u32, limit, contents << 1 | 1 << 6];
+    // SAFETY: writes one descriptor of this process, which nothing uses yet.
+    unsafe { libc::syscall(libc::SYS_modify_ldt, 1, d.as_ptr(), size_of_val(&d)) == 0 }
 }
 
 /// Into an XSAVE area in standard form (SDM 1, 13.4): legacy region, header, AVX at 576.

@@ -3,9 +3,9 @@
 //! Prints each disagreement with what is needed to see it again, and at the end how many
 //! instructions and cases were tried.  Exit status 1 when there was a disagreement.
 
+use difftest::generate;
 use difftest::guest::Guest;
 use difftest::native::Native;
-use difftest::{Mode, generate};
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -28,8 +28,8 @@ fn main() -> ExitCode {
     let mut kinds: BTreeMap<String, u64> = BTreeMap::new();
     let mut seed = first;
     while start.elapsed() < limit {
-        let mode = if seed % 4 == 0 { Mode::Compat } else { Mode::Long };
-        let case = generate::case(seed, mode, if seed % 2 == 0 { 1 } else { 6 });
+        let case = generate::mixed(seed);
+        let mode = case.mode;
         let listing = case.listing();
         instructions += listing.lines().count() as u64;
         let host = match native.run(&case) {

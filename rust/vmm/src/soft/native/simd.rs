@@ -149,8 +149,13 @@ unsafe fn unmasked(cpu: &mut Cpu, stub: Stub, mem: *mut u8) -> Result<(), Stop> 
 /// Linear address of the op's operand, alignment checked.
 #[inline(always)]
 fn address(cpu: &mut Cpu, op: &Op, write: bool) -> Result<u64, Stop> {
+    let misaligned = |lin: u64| lin & u64::from(op.dst) != 0;
+    // Alignment comes before limits.
+    if op.flags & F_CHECK != 0 && misaligned(cpu.seg[usize::from(op.seg)].base + cpu.ea(op)) {
+        return Err(cpu.gp(0));
+    }
     let lin = cpu.lin(op, u64::from(op.aux), write)?;
-    if lin & u64::from(op.dst) != 0 {
+    if misaligned(lin) {
         return Err(cpu.gp(0));
     }
     Ok(lin)
