@@ -32,7 +32,8 @@ setup: $(VENV)/.installed ## Build and install into .venv: bhyve, bhyvectl, bhyv
 run: setup ## Boot a Debian kernel to a shell on this terminal
 	@$(BIN)/python -m tools.boot --cpus $(CPUS) --memory $(MEMORY) $(GUEST)
 
-test: check ## Everything: check, unit tests, real guests
+test: check ## Everything: check, differential tests, unit tests, real guests
+	@$(MAKE) --no-print-directory fuzz-cpu fuzz-guest FUZZ_SECONDS=20
 	@echo "== pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -55,10 +56,12 @@ bench: $(VENV)/.developed ## Boot times and instructions per second, beside QEMU
 	@$(BIN)/python -m benchmarks.boot
 
 fuzz-cpu: ## Random instructions against this processor, for FUZZ_SECONDS
+	@echo "== fuzz-cpu, $(FUZZ_SECONDS) s"
 	@cd rust && $(CARGO) run --release -p difftest --bin fuzz-cpu -- \
 		$(FUZZ_SECONDS) $(FUZZ_SEED)
 
 fuzz-guest: ## Random bytes in each mode, for FUZZ_SECONDS: vmm neither fails nor hangs
+	@echo "== fuzz-guest, $(FUZZ_SECONDS) s"
 	@cd rust && $(CARGO) run --release -p difftest --bin fuzz-guest -- \
 		$(FUZZ_SECONDS) $(FUZZ_SEED)
 
