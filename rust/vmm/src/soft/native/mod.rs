@@ -11,8 +11,8 @@
 //! A stub is generated code that Rust cannot check.  It is sound because of these rules:
 //!
 //! 1. Only instructions of the families in [`covered`] become stubs, and those among them with
-//!    implicit memory operands, with vector indices or with control effects are handled elsewhere.  What
-//!    remains reads and writes registers and at most one memory operand.
+//!    implicit memory operands, with vector indices or with control effects are handled elsewhere.
+//!    What remains reads and writes registers and at most one memory operand.
 //! 2. The memory operand is always `[rsi]`.  Its size is what the decoder says the instruction
 //!    accesses; `rsi` points to guest memory with at least that many bytes left in its page, or to
 //!    [`Native::bounce`], which is larger than any operand.
@@ -25,8 +25,8 @@
 //!    address whose alignment was checked (guest memory and the bounce buffer keep alignment
 //!    up to a page and 64 bytes).
 //! 6. Code is written through one mapping and run through another, and a byte that can be run never
-//!    changes (`codebuf`).  [`Native::reset`] takes all of it away, which is only done when no block
-//!    that refers to it is left.
+//!    changes (`codebuf`).  [`Native::reset`] takes all of it away, which is only done when no
+//!    block that refers to it is left.
 
 mod codebuf;
 mod simd;

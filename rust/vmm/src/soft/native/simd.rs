@@ -70,8 +70,8 @@ fn refused(cpu: &mut Cpu, class: Class) -> Result<(), Stop> {
     if has(Class::MMX) { super::x87::pending(cpu) } else { Ok(()) }
 }
 
-/// What an MMX instruction does to the x87 unit once nothing can fault any more: its registers are the
-/// physical ones, so TOP becomes 0, and none is empty.
+/// What an MMX instruction does to the x87 unit once nothing can fault any more: its registers are
+/// the physical ones, so TOP becomes 0, and none is empty.
 #[inline(always)]
 pub fn enter_mmx<const K: u8>(cpu: &mut Cpu) {
     if K & Class::MMX != 0 && (cpu.fpu.fsw & FSW_TOP != 0 || cpu.fpu.ftw != 0xFF) {

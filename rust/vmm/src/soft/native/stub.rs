@@ -297,8 +297,8 @@ pub struct X87Plan {
     pub results: Vec<Option<u8>>,
 }
 
-/// Generate the stub for an x87 instruction that finds its operands in place and whose exceptions are
-/// masked.  Loads and stores of 80 bits have no other effects, so only its operands need to be
+/// Generate the stub for an x87 instruction that finds its operands in place and whose exceptions
+/// are masked.  Loads and stores of 80 bits have no other effects, so only its operands need to be
 /// on the host's stack.
 pub fn build_x87(plan: &X87Plan) -> Vec<u8> {
     let mut a = Assembler(Encoder::new(64));

@@ -1151,7 +1151,7 @@ fn a_gather_keeps_what_it_had_before_a_fault() {
         let pf = Exc { vector: vec::PF, error: Some(0), payload: end };
         assert_eq!(r, Some(Err(pf)));
         assert_eq!(c.ymm[0][..2], [0x2222_2222_1111_1111, 0xAAAA_AAAA_AAAA_AAAA]);
-        assert_eq!(c.ymm[1], [0, !0, 0, 0]);
+        assert_eq!(c.ymm[1], [0, !0, !0, !0]);
 
         // The missing element is found elsewhere when it runs again.
         c.ymm[2][1] = 0xFFFF_FFFE_FFFF_FFFF;

@@ -5,16 +5,16 @@
 //! An exception that an instruction raises stays pending in the guest's status word: the host never
 //! sees it, because its unit is cleared before the next instruction that would report it.
 //!
-//! That costs a hundred nanoseconds.  The common instructions have another way, for when no exception is
-//! unmasked and no register that they want is empty or full: only their operands go to the
-//! host's stack, and the guest's is turned here (`planned`).
+//! That costs a hundred nanoseconds.  The common instructions have another way, for when no
+//! exception is unmasked and no register that they want is empty or full: only their operands go
+//! to the host's stack, and the guest's is turned here (`planned`).
 //!
 //! Instructions that only move control state work on [`Cpu::fpu`].
 //!
-//! The last instruction's address, operand and opcode (FIP, FDP, FOP) are kept for every instruction,
-//! as processors do that always store error pointers with FXSAVE.  Their selectors are not:
-//! they read as 0, as on processors that have done away with FCS and FDS.  In real mode and v8086 mode the
-//! addresses are linear.
+//! The last instruction's address, operand and opcode (FIP, FDP, FOP) are kept for every
+//! instruction, as processors do that always store error pointers with FXSAVE.  Their selectors
+//! are not: they read as 0, as on processors that have done away with FCS and FDS.  In real mode
+//! and v8086 mode the addresses are linear.
 
 use super::simd::{FSW_ES, FSW_TOP, readable, writable};
 use super::stub::{Stub, X87Plan};

@@ -1,7 +1,8 @@
 //! FXSAVE, XSAVE and their kin (Intel SDM 1, 10.5 and chapter 13).
 //!
 //! State components: x87 (0), SSE (1) and AVX (2).  A component is in use when it differs from
-//! its initial state; there is no further tracking, so XSAVEOPT leaves out what is initial and writes the rest.
+//! its initial state; there is no further tracking, so XSAVEOPT leaves out what is initial and
+//! writes the rest.
 
 use super::simd::{in_page, mxcsr};
 use crate::soft::Cpu;
