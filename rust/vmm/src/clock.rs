@@ -290,6 +290,8 @@ pub fn wall_clock() -> (i64, u32) {
 struct Queue {
     by_time: BTreeSet<(u64, Callout)>,
     at: HashMap<Callout, u64>,
+    /// A callout is under way.
+    firing: bool,
     stop: bool,
 }
 
@@ -304,6 +306,7 @@ impl Queue {
 struct Shared {
     queue: Mutex<Queue>,
     changed: Condvar,
+    fired: Condvar,
 }
 
 impl Shared {
@@ -362,6 +365,16 @@ impl Timers {
         self.shared.changed.notify_one();
     }
 
+    /// Wait for a callout that is under way: once the clock is paused, none follows.
+    ///
+    /// Not from a callout, nor with a lock held that one may want.
+    pub fn settle(&self) {
+        let mut queue = self.shared.queue();
+        while queue.firing {
+            queue = self.shared.fired.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
     /// Number of deadlines waiting.
     pub fn armed(&self) -> usize {
         self.shared.queue().at.len()
@@ -386,22 +399,25 @@ fn run_timers(shared: &Shared, clock: &Clock, fire: impl Fn(Callout)) {
             queue = wait(queue);
             continue;
         };
+        if clock.is_paused() {
+            queue = wait(queue);
+            continue;
+        }
         let now = clock.now();
         if at > now {
-            if clock.is_paused() {
-                queue = wait(queue);
-            } else {
-                let left = Duration::from_nanos(at - now);
-                let woken = shared.changed.wait_timeout(queue, left);
-                queue = woken.unwrap_or_else(PoisonError::into_inner).0;
-            }
+            let left = Duration::from_nanos(at - now);
+            let woken = shared.changed.wait_timeout(queue, left);
+            queue = woken.unwrap_or_else(PoisonError::into_inner).0;
             continue;
         }
         queue.remove(callout);
+        queue.firing = true;
         drop(queue);
         // A defect in one device (the panic hook has told of it) must not stop all others' time.
         let _ = catch_unwind(AssertUnwindSafe(|| fire(callout)));
         queue = shared.queue();
+        queue.firing = false;
+        shared.fired.notify_all();
     }
 }
 
@@ -592,6 +608,41 @@ mod tests {
         clock.resume();
         timers.clock_changed();
         assert_eq!(fired.recv_timeout(SOON).unwrap().0, Callout::Rtc);
+    }
+
+    #[test]
+    fn a_paused_clock_does_not_fire_what_is_due_either() {
+        let clock = Arc::new(Clock::new());
+        let (timers, fired) = timers(&clock);
+        clock.pause();
+        timers.arm(Callout::Rtc, 0);
+        assert!(fired.recv_timeout(Duration::from_millis(30)).is_err());
+        assert_eq!(timers.armed(), 1);
+        clock.resume();
+        timers.clock_changed();
+        assert_eq!(fired.recv_timeout(SOON).unwrap().0, Callout::Rtc);
+    }
+
+    #[test]
+    fn settling_waits_for_what_is_under_way() {
+        let clock = Arc::new(Clock::new());
+        let done = Arc::new(AtomicBool::new(false));
+        let (send, begun) = mpsc::channel();
+        let timers = {
+            let done = Arc::clone(&done);
+            Timers::start(Arc::clone(&clock), move |_| {
+                send.send(()).unwrap();
+                thread::sleep(Duration::from_millis(30));
+                done.store(true, Ordering::SeqCst);
+            })
+        };
+        let timers = timers.unwrap();
+        timers.arm(Callout::Rtc, 0);
+        begun.recv_timeout(SOON).unwrap();
+        clock.pause();
+        timers.settle();
+        assert!(done.load(Ordering::SeqCst));
+        timers.settle();
     }
 
     #[test]

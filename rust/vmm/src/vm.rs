@@ -506,9 +506,11 @@ impl Vm {
 
     // -- time ----------------------------------------------------------------------------------
 
+    /// Have time stand still: on return no in-kernel device acts of itself.
     pub fn pause_clock(&self) {
         self.clock.pause();
         self.timers.clock_changed();
+        self.timers.settle();
     }
 
     pub fn resume_clock(&self) {
