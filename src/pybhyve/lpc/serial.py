@@ -80,11 +80,14 @@ class SerialPort:
             self._chip.reset()
 
     def save(self) -> dict[str, Any]:
-        """The chip's state; the line has none."""
+        """The chip's state, and what the line has brought since the pause."""
         with self._lock:
-            return self._chip.save()
+            return {"version": 1, "chip": self._chip.save(), "held": self._held}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take back what save() gave."""
+        if state["version"] != 1:
+            raise ValueError(f"serial port: unknown version {state['version']}")
         with self._lock:
-            self._chip.restore(state)
+            self._chip.restore(state["chip"])
+            self._held = bytes(state["held"])

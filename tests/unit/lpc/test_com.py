@@ -114,3 +114,23 @@ def test_a_paused_port_lets_the_line_wait(build):
         loop.run()
 
         assert machine.inout.read(0x3F8, 1) == ord("a")
+
+
+def test_what_came_during_a_pause_goes_with_the_state(build):
+    first, second = (build("31,lpc").devices["com1"] for _ in range(2))
+    first.pause()
+    first._port.receive(b"a")  # a read of the line that was under way
+
+    state = first.save()
+    second.pause()
+    second.restore(state)
+    second.resume()
+
+    assert second._port.read(0, 1) == ord("a")
+
+
+def test_a_state_of_another_version_is_refused(build):
+    com = build("31,lpc").devices["com1"]
+
+    with pytest.raises(ValueError, match="unknown version 9"):
+        com.restore(com.save() | {"version": 9})
