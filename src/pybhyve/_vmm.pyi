@@ -190,6 +190,9 @@ class Vm:
     def suspend(self, how: int) -> None:
         """End the VM's life for a reason; VmmError EALREADY when it has ended already."""
 
+    def suspended(self) -> int:
+        """The reason for which the VM's life has ended; SUSPEND_NONE while it lasts."""
+
     def reinit(self) -> None:
         """Devices, vCPUs and RAM as newly created; VmmError EBUSY while a vCPU runs."""
 
@@ -221,7 +224,9 @@ class Vm:
     def now(self) -> int:
         """Nanoseconds of this VM's clock; stands still while the clock is paused."""
 
-    def pause_clock(self) -> None: ...
+    def pause_clock(self) -> None:
+        """Have time stand still: on return no in-kernel device acts of itself."""
+
     def resume_clock(self) -> None: ...
 
     # -- state -----------------------------------------------------------------------

@@ -399,7 +399,9 @@ def test_a_suspended_vcpu_is_told_once_then_sleeps() -> None:
 def test_the_end_is_told_when_every_vcpu_has_left() -> None:
     vm = machine(maxcpus=2)
     first = Runner(vm.vcpu(0))
+    assert vm.suspended() == _vmm.SUSPEND_NONE
     vm.suspend(_vmm.SUSPEND_HALT)
+    assert vm.suspended() == _vmm.SUSPEND_HALT
     with refused(errno.EALREADY):
         vm.suspend(_vmm.SUSPEND_RESET)
     time.sleep(0.05)

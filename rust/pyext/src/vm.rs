@@ -215,6 +215,10 @@ impl Vm {
         Ok(self.vm.suspend(SuspendHow::from_number(how)?)?)
     }
 
+    fn suspended(&self) -> u32 {
+        self.vm.suspended().unwrap_or(SuspendHow::None) as u32
+    }
+
     fn reinit(&self, py: Python<'_>) -> Result<()> {
         Ok(py.detach(|| self.vm.reinit())?)
     }
@@ -313,8 +317,8 @@ impl Vm {
         self.vm.now()
     }
 
-    fn pause_clock(&self) {
-        self.vm.pause_clock();
+    fn pause_clock(&self, py: Python<'_>) {
+        py.detach(|| self.vm.pause_clock());
     }
 
     fn resume_clock(&self) {

@@ -144,7 +144,13 @@ class Machine:
     # -- state -----------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Stop vCPUs, clock and devices.  Any thread but a vCPU's."""
+        """Stop vCPUs, devices and clock.  Any thread but a vCPU's.
+
+        On return nothing changes the guest's state by itself: no vCPU is in the guest
+        or in a device's handler, no device works, no timer fires.  Each vCPU stands
+        between two instructions, or in one that waits for an answer which it has had.
+        A VM that has ended can be paused; `dispatch` returns after `resume`.
+        """
         self._expect(Phase.RUNNING)
         self.vcpus.pause()
         for device in reversed(self.devices.values()):
@@ -153,7 +159,7 @@ class Machine:
         self.phase = Phase.PAUSED
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Go on after `pause`.  For the guest, no time has passed."""
         self._expect(Phase.PAUSED)
         self.vm.resume_clock()
         for device in self.devices.values():
@@ -174,28 +180,36 @@ class Machine:
             device.reset()
 
     def save(self) -> dict[str, Any]:
-        """The state of vCPUs, in-kernel devices and devices as plain values.
+        """The state of everything but memory, as plain values; the machine is paused.
 
-        Of memory it has the layout; the contents are the caller's to copy.  The machine
-        is paused.
+        Of memory it has the layout; the contents are the caller's to copy, with
+        ``ctx.read`` and ``ctx.write``.  The variables are there so that a machine of
+        the same kind can be set up; `restore` does not look at them.
         """
         self._expect(Phase.PAUSED)
         return {
             "version": STATE_VERSION,
+            "config": dict(self.config.walk()),
+            "topology": list(self.vm.get_topology()),
             "memsegs": [list(segment) for segment in self.vm.memsegs()],
             "memmap": [list(mapping) for mapping in self.vm.memmap()],
+            # Before the in-kernel devices, whose inputs they drive.
             "devices": {
                 name: device.save() for name, device in reversed(self.devices.items())
             },
             "kernel": self.vm.save_devices(),
             "vcpus": [self.vm.vcpu(index).save() for index in range(self.ncpu)],
+            "suspended": self.vm.suspended(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take a state that `save` gave, of a machine that is configured the same.
 
-        The machine is paused, or has started but not run.  Raises BhyveError where the
-        state is of another machine, ValueError or KeyError where it is damaged.
+        The machine is paused, and has not ended; one that was just set up is paused
+        right after `start`.  Its memory is the caller's to fill, before or after.
+        Raises BhyveError where the state is of another machine, before anything has
+        changed; ValueError, VmmError or KeyError where it is damaged, and then the
+        machine is of no use.
         """
         self._expect(Phase.PAUSED)
         if state["version"] != STATE_VERSION:
@@ -204,20 +218,26 @@ class Machine:
             "memory": [list(segment) for segment in self.vm.memsegs()],
             "devices": sorted(self.devices),
             "vCPUs": self.ncpu,
+            "topology": list(self.vm.get_topology()),
         }
         there = {
             "memory": state["memsegs"],
             "devices": sorted(state["devices"]),
             "vCPUs": len(state["vcpus"]),
+            "topology": state["topology"],
         }
         for what, value in here.items():
             if value != there[what]:
                 raise BhyveError(f"the saved state is of a machine with other {what}")
+        # The local APICs' deadlines count in their vCPU's TSC.
         for index, saved in enumerate(state["vcpus"]):
             self.vm.vcpu(index).restore(saved)
         self.vm.restore_devices(state["kernel"])
         for name, device in self.devices.items():
             device.restore(state["devices"][name])
+        if state["suspended"] != SuspendHow.NONE:
+            # It was about to end: that its vCPUs notice is still to come.
+            self.ctx.suspend(SuspendHow(state["suspended"]))
 
     def _expect(self, phase: Phase) -> None:
         if self.phase is not phase:

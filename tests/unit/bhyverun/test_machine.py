@@ -5,6 +5,7 @@ The guests are a few real-mode instructions each, at 0x1000.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -400,6 +401,65 @@ def test_a_saved_machine_goes_on_as_another(build):
     wait_for(lambda: counter(second) > count)
     assert other.count > asked
     assert second.vm.debug_cpus() == [1]
+
+
+def test_a_machine_that_is_about_to_end_ends_as_another(build):
+    first = build("ebfe")
+    first.start()
+    first.vm.resume_cpu(0)
+    first.pause()
+    first.request_reset()
+
+    state = first.save()
+    second = build("f4")
+    second.start()
+    second.pause()
+    second.restore(state)
+
+    assert state["suspended"] == SuspendHow.RESET
+    second.resume()
+    assert second.dispatch() is SuspendHow.RESET
+
+
+def test_a_machine_that_has_ended_can_be_paused(build):
+    machine = build("ebfe")
+    machine.start()
+    machine.request_poweroff()
+
+    assert machine.run() is SuspendHow.POWEROFF
+    machine.pause()
+    assert machine.save()["suspended"] == SuspendHow.POWEROFF
+    machine.resume()
+
+
+def test_a_state_names_the_variables(build):
+    machine = build("f4", x86__strictio="true")
+    machine.start()
+    machine.pause()
+
+    assert machine.save()["config"] == {"x86.strictio": "true"}
+
+
+def test_a_state_is_plain_values(build):
+    machine = build("f4", ncpu=2)
+    machine.start()
+    machine.pause()
+    state = machine.save()
+
+    # Back from text, where tuples are lists.
+    machine.restore(json.loads(json.dumps(state)))
+    assert without_hints(machine.save()) == without_hints(state)
+
+
+def test_a_state_of_another_topology_is_refused(build):
+    first, second = build("f4", ncpu=2), build("f4", ncpu=2)
+    second.vm.set_topology(1, 2, 1)
+    for machine in (first, second):
+        machine.start()
+        machine.pause()
+
+    with pytest.raises(BhyveError, match="of a machine with other topology"):
+        second.restore(first.save())
 
 
 @pytest.mark.parametrize(
