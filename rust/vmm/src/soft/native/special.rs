@@ -222,7 +222,7 @@ unsafe fn masked_bytes<const K: u8>(cpu: &mut Cpu, op: *const Op) -> Flow {
     let o = unsafe { &*op };
     tri!(cpu, op, check::<K>(cpu));
     let (data, mask) = (usize::from(o.src), usize::from(o.aux));
-    let before = cpu.fpu;
+    // Even when the store faults.
     enter_mmx::<K>(cpu);
     let (data, mask, count) = if K & Class::MMX != 0 {
         ([cpu.fpu.st[data][0], 0, 0, 0], [cpu.fpu.st[mask][0], 0, 0, 0], 8)
@@ -230,8 +230,7 @@ unsafe fn masked_bytes<const K: u8>(cpu: &mut Cpu, op: *const Op) -> Flow {
         (cpu.ymm[data], cpu.ymm[mask], 16)
     };
     let select = signs(&mask, 1, count);
-    let r = write_selected(cpu, o, &bytes(&data), 1, select);
-    tri!(cpu, op, r.inspect_err(|_| cpu.fpu = before));
+    tri!(cpu, op, write_selected(cpu, o, &bytes(&data), 1, select));
     next!(cpu, op)
 }
 
