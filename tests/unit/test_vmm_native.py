@@ -352,19 +352,13 @@ def test_an_inactive_vcpu_does_not_run() -> None:
 
 
 def test_one_thread_runs_a_vcpu() -> None:
-    vm = machine()
+    vm = machine(b"\x66\xff\x06\x00\x05\xeb\xf9")  # 1: inc dword [500h]; jmp 1b
     vcpu = vm.vcpu(0)
     runner = Runner(vcpu)
-
-    def busy() -> bool:
-        vcpu.kick()
-        try:
-            vcpu.run()
-        except VmmError as error:
-            return error.errno == errno.EBUSY
-        return False
-
-    wait_until(busy)
+    # Whoever calls run() first has the vCPU, and this guest never lets go of it.
+    wait_until(lambda: vm.read_mem(0x500, 4) != bytes(4))
+    with refused(errno.EBUSY, "vCPU 0"):
+        vcpu.run()
     with refused(errno.EBUSY, "vCPU 0"):
         vm.reinit()
     vm.suspend(_vmm.SUSPEND_RESET)
