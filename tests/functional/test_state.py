@@ -34,7 +34,7 @@ from pybhyve.vmmapi import MB, SuspendHow, VmCtx
 from tests.functional.machine import BOOT_TIMEOUT
 from tools import guests
 
-MEMORY = 256 * MB
+MEMORY = 128 * MB
 MOVES = 5  # before the shell
 LOOK_SECONDS = 0.02
 
@@ -212,12 +212,12 @@ def test_boot_goes_on_in_another_machine(
     moments = random.Random(seed)
     pauses = [moments.uniform(0.2, 1.5) for _ in range(MOVES)]
     print(f"seed {seed}: moves after", " ".join(f"{pause:.3f}" for pause in pauses))
-    end = time.monotonic() + BOOT_TIMEOUT
     for pause in pauses:
         result = run_until(machine, time.monotonic() + pause)
         assert not isinstance(result, SuspendHow), typist.shown[-1000:]
         machine = go_on(machines, *result)
 
+    end = time.monotonic() + BOOT_TIMEOUT
     # While the command sleeps: all CPUs are idle, and a timer has to end that.
     result = run_until(machine, end, lambda: typist.typed > 0)
     print(typist.shown.decode(errors="replace"))
