@@ -50,7 +50,6 @@ pub mod efer {
     pub const LME: u64 = 1 << 8;
     pub const LMA: u64 = 1 << 10;
     pub const NXE: u64 = 1 << 11;
-    pub const FFXSR: u64 = 1 << 14;
 }
 
 /// RFLAGS bits.

@@ -229,6 +229,8 @@ unsafe fn masked_bytes<const K: u8>(cpu: &mut Cpu, op: *const Op) -> Flow {
     } else {
         (cpu.ymm[data], cpu.ymm[mask], 16)
     };
+    // The segment's limit counts for all bytes.
+    tri!(cpu, op, cpu.lin(o, count as u64, true));
     let select = signs(&mask, 1, count);
     tri!(cpu, op, write_selected(cpu, o, &bytes(&data), 1, select));
     next!(cpu, op)

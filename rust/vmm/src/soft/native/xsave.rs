@@ -207,17 +207,12 @@ fn fx_allowed(cpu: &mut Cpu) -> Result<(), Stop> {
     Ok(())
 }
 
-/// Vector registers that FXSAVE and FXRSTOR handle: none in the fast mode (AMD APM 2, 3.1.7).
-fn fx_vectors(cpu: &Cpu) -> usize {
-    if cpu.efer & efer::FFXSR != 0 && cpu.cpl == 0 && cpu.code64() { 0 } else { cpu.vectors() }
-}
-
 unsafe fn fxsave<const WIDE: bool>(cpu: &mut Cpu, op: *const Op) -> Flow {
     // SAFETY: called as a handler.
     let o = unsafe { &*op };
     tri!(cpu, op, fx_allowed(cpu));
     let lin = tri!(cpu, op, area(cpu, o, FXSAVE_LEN, 16, true));
-    let n = fx_vectors(cpu);
+    let n = cpu.vectors();
     let mut image = Image([0; XSAVE_LEN]);
     image.put_x87(&cpu.fpu, WIDE);
     image.put_mxcsr(cpu.fpu.mxcsr);
@@ -239,7 +234,7 @@ unsafe fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, op: *const Op) -> Flow {
     }
     image.get_x87(&mut cpu.fpu, WIDE);
     cpu.fpu.mxcsr = mxcsr;
-    let n = fx_vectors(cpu);
+    let n = cpu.vectors();
     image.get_halves(XMM, &mut cpu.ymm[..n], 0);
     next!(cpu, op)
 }
