@@ -2,9 +2,10 @@
 //! for speed.
 //!
 //! A block never leaves the linear page that it starts in, but for one instruction that straddles
-//! two pages; such a block is found only through the jump cache, whose entries die with any
-//! change of translation.  Blocks belong to one vCPU.  A page with blocks carries the `CODE` flag,
-//! which keeps fast writes away from it; `Cpu::code_written` drops what a write touches.
+//! two pages; such a block is found only through the jump cache, whose entries die with the
+//! translations that they were found by.  Blocks belong to one vCPU.  A page with blocks carries
+//! the `CODE` flag, which keeps fast writes away from it; `Cpu::code_written` drops what a write
+//! touches.
 
 use super::Cpu;
 use super::op::*;
