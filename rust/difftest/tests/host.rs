@@ -5,7 +5,7 @@ use difftest::guest::Guest;
 use difftest::native::Native;
 
 /// Enough to meet every opcode; `fuzz-cpu` goes on where this ends.
-const CASES: u64 = 20_000;
+const CASES: u64 = 60_000;
 
 #[test]
 fn processor_agrees_with_the_host() {

@@ -292,17 +292,15 @@ unsafe fn leave<T: Int>(cpu: &mut Cpu, op: *const Op) -> Flow {
     next!(cpu, op)
 }
 
-/// PUSHA, in order AX CX DX BX SP BP SI DI; all or nothing.
+/// PUSHA, in order AX CX DX BX SP BP SI DI.  One that faults has written what came before.
 fn pusha<T: Int>(cpu: &mut Cpu, _: &Instruction) -> Result<Next, Stop> {
     let sp = cpu.r[4];
-    for i in 0..8u64 {
-        let at = sp.wrapping_sub((i + 1) * T::SIZE) & cpu.sp_mask;
-        let lin = cpu.lin_checked(SS, at, T::SIZE, true)?;
-        cpu.probe_write(lin, T::SIZE, super::super::mmu::Right::Current)?;
-    }
     for i in 0..8u8 {
         let v: T = if i == 4 { T::from_u64(sp) } else { cpu.get(i * 8) };
-        cpu.push(v)?;
+        if let Err(stop) = cpu.push(v) {
+            cpu.r[4] = sp;
+            return Err(stop);
+        }
     }
     Ok(Next::Seq)
 }
