@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 RUST_SOURCES := $(shell find rust -path rust/target -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint rust-check bench fuzz-cpu fuzz-guest clean
+.PHONY: help setup run test check lint rust-check man bench fuzz-cpu fuzz-guest clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -50,6 +50,9 @@ rust-check: $(VENV)/.developed
 	@echo "== rustfmt"; cd rust && $(CARGO) fmt --check
 	@echo "== clippy"; cd rust && $(CARGO) clippy --workspace --all-targets -- -D warnings
 	@echo "== cargo test"; cd rust && $(CARGO) test -p vmm -p difftest
+
+man: $(VENV)/.developed ## Rewrite what the manual pages have from declarations
+	@$(BIN)/python -m tools.manpages
 
 bench: $(VENV)/.developed ## Boot times and instructions per second, beside QEMU's TCG
 	@$(BIN)/python -m benchmarks.mips

@@ -84,6 +84,8 @@ class Key:
             return ""
         if isinstance(self.default, bool):
             return "true" if self.default else "false"
+        if self.kind == "hexadecimal":
+            return f"{self.default:#x}"
         return str(self.default)
 
 

@@ -16,6 +16,9 @@ def _tcp_port(text: str) -> int:
     raise ValueError("expected a port from 0 to 65535")
 
 
+_tcp_port.kind = "integer"  # type: ignore[attr-defined]  # read by key()
+
+
 class VcpuOptions(Options):
     """``vcpu.N.…``."""
 
@@ -179,10 +182,10 @@ class GlobalOptions(Options):
         doc="Firmware configuration interface.",
     )
     lpc_bootrom: str | None = key(
-        None, name="lpc.bootrom", doc="Old name.", deprecated="bootrom"
+        None, name="lpc.bootrom", doc="Old name of bootrom.", deprecated="bootrom"
     )
     lpc_bootvars: str | None = key(
-        None, name="lpc.bootvars", doc="Old name.", deprecated="bootvars"
+        None, name="lpc.bootvars", doc="Old name of bootvars.", deprecated="bootvars"
     )
     lpc_com1_path: str | None = key(None, name="lpc.com1.path", doc="Backend of COM1.")
     lpc_com2_path: str | None = key(None, name="lpc.com2.path", doc="Backend of COM2.")
