@@ -11,8 +11,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from tools import fetch, guests
+
+ERROR: Final = 4
+"""Exit status when there is nothing to boot: bhyve's own for an error."""
 
 
 def arguments(image: Sequence[str], cpus: int, memory: str, name: str) -> list[str]:
@@ -37,7 +41,8 @@ def main() -> None:
     try:
         image = guests.find(args.guest).image()
     except (fetch.FetchError, guests.GuestError, OSError) as error:
-        sys.exit(f"boot: {error}")
+        print(f"boot: {error}", file=sys.stderr)
+        sys.exit(ERROR)
     bhyve = ["bhyve", *arguments(image.options(), args.cpus, args.memory, args.name)]
     print(f"{image.package}", shlex.join(bhyve), sep="\n", flush=True)
     # The program installed beside the interpreter that runs this.

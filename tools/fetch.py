@@ -70,12 +70,22 @@ def cache_dir() -> Path:
     return path
 
 
+used: Final[dict[str, Package]] = {}
+"""The packages that this process has asked for, by the names it used."""
+
+
 def package(name: str, sha256: str | None = None) -> Package:
     """Fetch a package, or find it in the cache.
 
     A kernel metapackage stands for the kernel it depends on.  With ``sha256`` exactly
     that build is wanted.  Raises FetchError.
     """
+    if name not in used:
+        used[name] = _package(name, sha256)
+    return used[name]
+
+
+def _package(name: str, sha256: str | None) -> Package:
     if sha256 is not None:
         for cached in _cached(name):
             if cached.sha256 == sha256:

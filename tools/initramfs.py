@@ -110,10 +110,10 @@ def unpack(archive: bytes) -> Iterator[Entry]:
     """The entries of an archive.  Raises ValueError where it is not one."""
     at = 0
     while True:
-        if archive[at : at + 6] != MAGIC:
+        header = archive[at : at + HEADER_SIZE]
+        if header[:6] != MAGIC or len(header) < HEADER_SIZE:
             raise ValueError(f"no cpio header at offset {at}")
-        header = archive[at + 6 : at + HEADER_SIZE]
-        fields = [int(header[i : i + 8], 16) for i in range(0, len(header), 8)]
+        fields = [int(header[i : i + 8], 16) for i in range(6, HEADER_SIZE, 8)]
         mode, size, major, minor, name_size = (fields[i] for i in (1, 6, 9, 10, 11))
         name_end = at + HEADER_SIZE + name_size
         path = archive[at + HEADER_SIZE : name_end - 1].decode()

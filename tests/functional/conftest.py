@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.functional.machine import BOOT_TIMEOUT, Machine, Programs, Starter
-from tools import boot, guests
+from tools import boot, fetch, guests
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +21,12 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     run = tmp_path_factory.mktemp("run")
     logs = tmp_path_factory.mktemp("console")
     return Programs({"XDG_RUNTIME_DIR": str(run)}, logs)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which builds of the guests were run: Debian replaces them."""
+    for package in fetch.used.values():
+        terminalreporter.line(f"guest package: {package}")
 
 
 def _starter(programs: Programs) -> Iterator[Starter]:
