@@ -117,7 +117,7 @@ def test_out_reaches_the_port_and_its_device_ends_the_program(build):
 
 
 def test_in_brings_the_value(build):
-    machine = build("e480 e680")  # in al,80; out 80,al
+    machine = build("e480 e680 f4")  # in al,80; out 80,al; hlt
     notes: list[Any] = []
     device = Note(machine, "dev", notes)
     device.attach(PORT)
