@@ -7,6 +7,7 @@ bhyve: init_pci() of pci_emul.c.
 from __future__ import annotations
 
 import logging
+import mmap
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,8 +33,10 @@ from pybhyve.pci import registry
 from pybhyve.pci.emul import (
     BAR_IO,
     BAR_MEM64,
+    BAR_ROM,
     Bar,
     BarMapping,
+    BarMemory,
     PciAddress,
     PciDevice,
 )
@@ -46,6 +49,7 @@ from pybhyve.pci.pcireg import (
     PCIR_HDRTYPE,
     SLOTS,
 )
+from pybhyve.vmmapi import VM_PCIROM
 
 if TYPE_CHECKING:
     from pybhyve.amd64.acpi.dsdt import Dsdt
@@ -76,6 +80,8 @@ MEM64_MIN_BAR: Final = 128 << 20
 IO_PADDING: Final = 32
 MEM32_PADDING: Final = 1 << 20
 MEM64_PADDING: Final = 512 << 20
+
+ROM_SEGMENT: Final = 256 << 20  # all option ROMs of a machine
 
 
 @dataclass(slots=True)
@@ -136,6 +142,7 @@ class PciHost(Device):
         """The ACPI path of the bridge with the interrupt link devices, if any."""
         self._address = 0
         self._blocked: list[Bar] = []  # where something else is in the way
+        self._rom_used = 0  # bytes of the segment for option ROMs
         self._pins: dict[tuple[int, int], list[int]] = {}
         self._routes: dict[tuple[int, int, int], IntxRoute] = {}
 
@@ -178,6 +185,22 @@ class PciHost(Device):
         bus = self.buses.setdefault(address.bus, PciBus(address.bus))
         bus.functions[address.slot, address.func] = device
 
+    def alloc_rom(self, image: bytes, size: int) -> BarMemory:
+        """Room for an option ROM of ``size`` bytes, whole pages, that holds ``image``.
+
+        DeviceError: there is none left.
+        """
+        vm = self.machine.vm
+        if not self._rom_used:
+            vm.create_memseg(VM_PCIROM, "pcirom", ROM_SEGMENT)
+        offset = self._rom_used
+        if offset + size > ROM_SEGMENT:
+            raise DeviceError(f"option ROMs have more than {ROM_SEGMENT >> 20} MiB")
+        self._rom_used += size
+        with memoryview(vm.view_memseg(VM_PCIROM, offset, len(image), True)) as view:
+            view[:] = image
+        return BarMemory(VM_PCIROM, offset, mmap.PROT_READ | mmap.PROT_EXEC)
+
     def take_pin(self, address: PciAddress) -> int:
         """An interrupt pin, 1 to 4: the one that its slot has used least."""
         uses = self._pins.setdefault((address.bus, address.slot), [0] * 4)
@@ -216,7 +239,10 @@ class PciHost(Device):
 
     @staticmethod
     def _assign(bar: Bar, io: Window, mem32: Window, mem64: Window) -> None:
-        if bar.kind == BAR_IO:
+        if bar.kind == BAR_ROM:
+            # Firmware places it; there is room where the others are.
+            mem32.take(bar.size, bar.size)
+        elif bar.kind == BAR_IO:
             bar.device.assign_bar(bar, io.take(bar.size, bar.size))
         elif bar.kind == BAR_MEM64 and bar.size > MEM64_MIN_BAR:
             bar.device.assign_bar(bar, mem64.take(bar.size, bar.size), prefetch=True)
@@ -237,45 +263,68 @@ class PciHost(Device):
     # -- BARs; the caller holds the lock, or nothing runs yet ------------------------
 
     def register(self, bar: Bar) -> None:
-        """Make a BAR decode at its address.
+        """Have a BAR decode at its address, as far as nothing is in the way.
 
-        Where something else is already, it does not, until that has gone away.
+        Of several BARs at an address that of the lowest function decodes, whichever
+        came first: what decodes depends on the registers alone.
         """
-        mapping = BarMapping(bar)
-        try:
-            if mapping.memory is not None:
-                self.machine.mem.register(mapping.memory)
-            else:
-                self.machine.inout.register(
-                    bar.name,
-                    bar.addr,
-                    bar.size,
-                    mapping.read_port,
-                    mapping.write_port,
-                )
-        except DeviceError as error:
-            log.debug("bar blocked bar=%s addr=%#x: %s", bar.name, bar.addr, error)
-            self._blocked.append(bar)
-            return
-        bar.live = mapping
-        bar.device.bar_moved(bar, bar.addr)
+        self._settle([bar])
 
     def unregister(self, bar: Bar) -> None:
-        """Make a BAR decode nothing; others that it blocked come to life."""
-        if bar in self._blocked:
-            self._blocked.remove(bar)
-        mapping = bar.live
-        if mapping is None:
+        """Have a BAR decode nothing; others to which it was in the way do instead."""
+        if bar.live is None:
+            if bar in self._blocked:
+                self._blocked.remove(bar)
             return
-        if mapping.memory is not None:
-            self.machine.mem.unregister(mapping.memory)
-        else:
-            self.machine.inout.unregister(mapping.base, bar.size)
-        bar.live = None
-        bar.device.bar_moved(bar, None)
+        self._disconnect(bar)
         blocked, self._blocked = self._blocked, []
-        for other in blocked:
-            self.register(other)
+        self._settle(blocked)
+
+    def _settle(self, waiting: list[Bar]) -> None:
+        """Connect what can be, from the lowest function up; the rest is blocked."""
+        waiting.sort(key=lambda bar: bar.order)
+        while waiting:
+            bar = waiting.pop(0)
+            if self._connect(bar):
+                continue
+            rivals = [other for other in self._live_bars() if other.overlaps(bar)]
+            connected = False
+            if rivals and all(bar.order < other.order for other in rivals):
+                for other in rivals:
+                    self._disconnect(other)
+                waiting += rivals
+                connected = self._connect(bar)
+            if connected:
+                # What the rivals blocked may decode now.
+                waiting += self._blocked
+                self._blocked.clear()
+            else:
+                self._blocked.append(bar)
+            waiting.sort(key=lambda bar: bar.order)
+
+    def _live_bars(self) -> Iterator[Bar]:
+        for bus in self.buses.values():
+            for device in bus.functions.values():
+                yield from (bar for bar in device.bars.values() if bar.live is not None)
+
+    @staticmethod
+    def _connect(bar: Bar) -> bool:
+        mapping = BarMapping(bar)
+        try:
+            mapping.connect()
+        except DeviceError as error:
+            log.debug("bar blocked bar=%s addr=%#x: %s", bar.name, bar.addr, error)
+            return False
+        bar.live = mapping
+        bar.device.bar_moved(bar, bar.addr)
+        return True
+
+    @staticmethod
+    def _disconnect(bar: Bar) -> None:
+        if bar.live is not None:
+            bar.live.disconnect()
+            bar.live = None
+            bar.device.bar_moved(bar, None)
 
     # -- configuration accesses ------------------------------------------------------
 

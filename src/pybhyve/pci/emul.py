@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NamedTuple, TypeVar
 
 from pybhyve.amd64.mem import MemRange
 from pybhyve.amd64.pci_irq import IntxRoute
 from pybhyve.device import Device
-from pybhyve.options import Options
+from pybhyve.errors import DeviceError
+from pybhyve.options import Options, key
 from pybhyve.pci.msix import MsixTable
 from pybhyve.pci.pcireg import (
     BAR_MAX,
@@ -26,6 +28,8 @@ from pybhyve.pci.pcireg import (
     PCIM_BAR_MEM_64,
     PCIM_BAR_MEM_BASE,
     PCIM_BAR_MEM_PREFETCH,
+    PCIM_BIOS_ADDR,
+    PCIM_BIOS_ENABLE,
     PCIM_CMD_BUSMASTEREN,
     PCIM_CMD_INTXDIS,
     PCIM_CMD_MEMEN,
@@ -39,6 +43,7 @@ from pybhyve.pci.pcireg import (
     PCIM_STATUS_CAPPRESENT,
     PCIM_STATUS_INTX,
     PCIR_BARS,
+    PCIR_BIOS,
     PCIR_CACHELNSZ,
     PCIR_CAP_PTR,
     PCIR_CLASS,
@@ -63,7 +68,11 @@ from pybhyve.pci.pcireg import (
     PCIY_EXPRESS,
     PCIY_MSI,
     PCIY_MSIX,
+    ROM_INDEX,
+    ROM_MAX,
+    ROM_SIGNATURE,
 )
+from pybhyve.vmmapi import PAGE_SIZE, VmmError
 
 if TYPE_CHECKING:
     from pybhyve.bhyverun.machine import Machine
@@ -75,7 +84,14 @@ MSI_ADDRESS: Final = 0xFEE  # bits 31:20 of a message address; others reach no A
 BAR_IO: Final = "io"
 BAR_MEM32: Final = "mem32"
 BAR_MEM64: Final = "mem64"
-_BAR_MIN_SIZE: Final = {BAR_IO: 4, BAR_MEM32: 16, BAR_MEM64: 16}
+BAR_ROM: Final = "rom"
+# 6.2.5.2 has ROMs of 2 KiB up; ours is mapped, by pages.
+_BAR_MIN_SIZE: Final = {
+    BAR_IO: 4,
+    BAR_MEM32: 16,
+    BAR_MEM64: 16,
+    BAR_ROM: PAGE_SIZE,
+}
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 
@@ -96,6 +112,18 @@ class PciAddress(NamedTuple):
         return f"pci.{self.bus}.{self.slot}.{self.func}"
 
 
+class BarMemory(NamedTuple):
+    """A piece of a memory segment, from ``offset`` on, to map where a BAR decodes.
+
+    A guest that reads it, or writes it where ``prot`` has PROT_WRITE, makes no exit.
+    Both the segment's piece and the BAR are whole pages.
+    """
+
+    segid: int
+    offset: int
+    prot: int
+
+
 @dataclass(slots=True, eq=False)
 class Bar:
     """One base address register; ``size`` is a power of two, ``addr`` 0 unassigned."""
@@ -104,6 +132,8 @@ class Bar:
     index: int
     kind: str
     size: int
+    memory: BarMemory | None = None
+    """What is behind it; None: the device's ``bar_read`` and ``bar_write``."""
     addr: int = 0
     live: BarMapping | None = None
     """What is registered for it; None: nothing, or something else is in the way."""
@@ -111,7 +141,26 @@ class Bar:
     @property
     def name(self) -> str:
         """For messages: whose BAR."""
-        return f"{self.device.NAME} {self.device.address} BAR{self.index}"
+        which = "ROM" if self.kind == BAR_ROM else f"BAR{self.index}"
+        return f"{self.device.NAME} {self.device.address} {which}"
+
+    @property
+    def reg(self) -> int:
+        """The offset of its register, the first of two, in configuration space."""
+        return PCIR_BIOS if self.kind == BAR_ROM else PCIR_BARS + 4 * self.index
+
+    @property
+    def order(self) -> tuple[PciAddress, int]:
+        """Of several at one address, the one with the lowest decodes."""
+        return self.device.address, self.index
+
+    def overlaps(self, other: Bar) -> bool:
+        """Whether both want some address of the same space."""
+        return (
+            (self.kind == BAR_IO) == (other.kind == BAR_IO)
+            and self.addr < other.addr + other.size
+            and other.addr < self.addr + self.size
+        )
 
 
 class BarMapping:
@@ -129,19 +178,41 @@ class BarMapping:
         self._write = device.bar_write
         self.memory: MemRange | None = None
         if bar.kind != BAR_IO:
-            msix = device.msix is not None and device.msix_bar == bar.index
-            self.memory = MemRange(
-                bar.name,
-                bar.addr,
-                bar.size,
-                self._read_msix if msix else self._read_mem,
-                self._write_msix if msix else self._write_mem,
-            )
+            read, write = self._read_mem, self._write_mem
+            if bar.memory is not None:
+                read = self._read_segment
+            elif device.msix is not None and device.msix_bar == bar.index:
+                read, write = self._read_msix, self._write_msix
+            self.memory = MemRange(bar.name, bar.addr, bar.size, read, write)
 
-    @property
-    def base(self) -> int:
-        """The address."""
-        return self._base
+    def connect(self) -> None:
+        """Begin to decode.  DeviceError: something is in the way, nothing changed."""
+        bar = self._bar
+        machine = bar.device.machine
+        if self.memory is None:
+            machine.inout.register(
+                bar.name, self._base, self._size, self.read_port, self.write_port
+            )
+            return
+        machine.mem.register(self.memory)
+        if bar.memory is None:
+            return
+        segid, offset, prot = bar.memory
+        try:
+            machine.vm.mmap_memseg(self._base, segid, offset, self._size, prot)
+        except VmmError as error:
+            machine.mem.unregister(self.memory)
+            raise DeviceError(f"{bar.name}: memory is in the way") from error
+
+    def disconnect(self) -> None:
+        """Decode no more."""
+        machine = self._bar.device.machine
+        if self.memory is None:
+            machine.inout.unregister(self._base, self._size)
+            return
+        if self._bar.memory is not None:
+            machine.vm.munmap_memseg(self._base, self._size)
+        machine.mem.unregister(self.memory)
 
     def read_port(self, port: int, size: int) -> int:
         """An IN; the part of a wide one that is beyond the BAR reads ones."""
@@ -168,6 +239,16 @@ class BarMapping:
 
     def _write_mem(self, gpa: int, size: int, value: int) -> None:
         self._write(self._index, gpa - self._base, size, value)
+
+    def _read_segment(self, gpa: int, size: int) -> int:
+        # Rare: the guest reads what is mapped without us.
+        if self._bar.memory is None:
+            raise TypeError(f"{self._bar.name} has no memory")
+        segid, offset, _prot = self._bar.memory
+        vm = self._bar.device.machine.vm
+        at = offset + gpa - self._base
+        with memoryview(vm.view_memseg(segid, at, size)) as view:
+            return int.from_bytes(view, "little")
 
     def _read_msix(self, gpa: int, size: int) -> int:
         device = self._bar.device
@@ -277,18 +358,32 @@ class PciDevice(Device, Generic[OptionsT]):
         mask = writable.to_bytes(size, "little")
         self._config.writable[offset : offset + size] = mask
 
-    def add_bar(self, index: int, kind: str, size: int) -> Bar:
-        """Ask for a BAR of at least ``size`` bytes; BAR_MEM64 takes two indexes."""
+    def add_bar(
+        self, index: int, kind: str, size: int, memory: BarMemory | None = None
+    ) -> Bar:
+        """Ask for a BAR of at least ``size`` bytes; BAR_MEM64 takes two indexes.
+
+        With ``memory`` behind it the guest's accesses do not come to ``bar_read`` and
+        ``bar_write``, except for writes to what it may only read.
+        """
         size = max(size, _BAR_MIN_SIZE[kind])
         size = 1 << (size - 1).bit_length()
         last = index + 1 if kind == BAR_MEM64 else index
-        if not 0 <= index <= last < BAR_MAX:
+        if kind == BAR_ROM:
+            if index != ROM_INDEX:
+                raise ValueError(f"ROM in BAR {index}")
+        elif not 0 <= index <= last < BAR_MAX:
             raise ValueError(f"BAR {index}")
-        bar = Bar(self, index, kind, size)
+        if memory is not None and size % PAGE_SIZE:
+            raise ValueError(f"BAR {index}: memory of {size} bytes")
+        bar = Bar(self, index, kind, size, memory)
         self.bars[index] = bar
         command = self._config.get(PCIR_COMMAND, 2)
-        at = PCIR_BARS + 4 * index
-        if kind == BAR_IO:
+        at = bar.reg
+        if kind == BAR_ROM:
+            mask = -size & PCIM_BIOS_ADDR | PCIM_BIOS_ENABLE
+            self.set_config(at, 4, 0, mask)
+        elif kind == BAR_IO:
             mask = -size & 0xFFFF & PCIM_BAR_IO_BASE
             self.set_config(at, 4, PCIM_BAR_IO_SPACE, mask)
             command |= PCIM_CMD_PORTEN
@@ -300,6 +395,16 @@ class PciDevice(Device, Generic[OptionsT]):
             self.set_config(at + 4, 4, 0, -size >> 32 & 0xFFFFFFFF)
         self._config.put(PCIR_COMMAND, 2, command)
         return bar
+
+    def add_rom(self, path: str) -> None:
+        """An expansion ROM with the contents of a file (6.3), for firmware to run.
+
+        DeviceError: the file cannot be read, or is no ROM.
+        """
+        image = read_rom(path)
+        size = max(PAGE_SIZE, 1 << (len(image) - 1).bit_length())
+        memory = self.host.alloc_rom(image, size)
+        self.add_bar(ROM_INDEX, BAR_ROM, size, memory)
 
     def add_capability(self, cap_id: int, body: bytes, writable: bytes = b"") -> int:
         """Append a capability; ``body`` follows its id and next bytes.
@@ -404,12 +509,16 @@ class PciDevice(Device, Generic[OptionsT]):
         config = self._config
         end = offset + size
         mask = int.from_bytes(config.writable[offset:end], "little")
-        old = config.get(offset, size)
-        config.put(offset, size, old & ~mask | value & mask)
+        with self.irq_lock:  # the status register changes by itself
+            old = config.get(offset, size)
+            config.put(offset, size, old & ~mask | value & mask)
         if offset < PCIR_STATUS and end > PCIR_COMMAND:
             self._update_bars()
             self._update_interrupts()
-        elif PCIR_BARS <= offset < PCIR_BARS + 4 * BAR_MAX:
+        elif (
+            PCIR_BARS <= offset < PCIR_BARS + 4 * BAR_MAX
+            or PCIR_BIOS <= offset < PCIR_BIOS + 4
+        ):
             self._update_bars()
         elif offset >= PCIR_HEADER_END:
             if (self._msi_cap or self._msix_cap) and config.get(offset, size) != old:
@@ -418,7 +527,7 @@ class PciDevice(Device, Generic[OptionsT]):
 
     def assign_bar(self, bar: Bar, addr: int, prefetch: bool = False) -> None:
         """Give a BAR its address at set-up."""
-        at = PCIR_BARS + 4 * bar.index
+        at = bar.reg
         if prefetch:
             addr |= PCIM_BAR_MEM_PREFETCH
         kind = self._config.get(at, 4) & 0xF
@@ -435,10 +544,12 @@ class PciDevice(Device, Generic[OptionsT]):
         self._update_bars()
 
     def _bar_address(self, bar: Bar) -> int:
-        at = PCIR_BARS + 4 * bar.index
+        at = bar.reg
         low = self._config.get(at, 4)
         if bar.kind == BAR_IO:
             return low & PCIM_BAR_IO_BASE & 0xFFFF
+        if bar.kind == BAR_ROM:
+            return low & PCIM_BIOS_ADDR if low & PCIM_BIOS_ENABLE else 0
         low &= PCIM_BAR_MEM_BASE
         if bar.kind == BAR_MEM64:
             low |= self._config.get(at + 4, 4) << 32
@@ -578,3 +689,25 @@ class PciDevice(Device, Generic[OptionsT]):
             self._intx_level, self._intx_driven = state["intx"]
         self._update_bars()
         self.restore_device(state["device"])
+
+
+class RomOptions(Options):
+    """For a device that may have an expansion ROM."""
+
+    rom: str | None = key(
+        None, doc="File with an option ROM, for firmware to run (its BAR is the ROM's)."
+    )
+
+
+def read_rom(path: str) -> bytes:
+    """An expansion ROM's image; DeviceError where the file is none."""
+    try:
+        with Path(path).open("rb") as file:
+            image = file.read(ROM_MAX + 1)
+    except OSError as error:
+        raise DeviceError(f"rom={path}: {error.strerror}") from error
+    if not image.startswith(ROM_SIGNATURE):
+        raise DeviceError(f"rom={path}: this is no option ROM, they begin with 55 aa")
+    if len(image) > ROM_MAX:
+        raise DeviceError(f"rom={path}: an option ROM has at most {ROM_MAX >> 20} MiB")
+    return image

@@ -24,6 +24,7 @@ PCIR_HDRTYPE: Final = 0x0E
 PCIR_BARS: Final = 0x10
 PCIR_SUBVEND: Final = 0x2C
 PCIR_SUBDEV: Final = 0x2E
+PCIR_BIOS: Final = 0x30
 PCIR_CAP_PTR: Final = 0x34
 PCIR_INTLINE: Final = 0x3C
 PCIR_INTPIN: Final = 0x3D
@@ -47,6 +48,12 @@ PCIM_BAR_MEM_64: Final = 0x4
 PCIM_BAR_MEM_PREFETCH: Final = 0x8
 PCIM_BAR_IO_BASE: Final = 0xFFFFFFFC
 PCIM_BAR_MEM_BASE: Final = 0xFFFFFFF0
+
+ROM_INDEX: Final = BAR_MAX  # among the BARs
+PCIM_BIOS_ENABLE: Final = 0x1
+PCIM_BIOS_ADDR: Final = 0xFFFFF800
+ROM_MAX: Final = 16 << 20  # 6.2.5.2
+ROM_SIGNATURE: Final = b"\x55\xaa"  # 6.3.1.1
 
 PCIY_MSI: Final = 0x05
 PCIY_EXPRESS: Final = 0x10

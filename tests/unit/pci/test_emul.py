@@ -156,18 +156,56 @@ def test_command_register_writable_bits(rig):
     assert rig.get(0x06, 2) == 0x0010
 
 
-def test_a_blocked_bar_comes_to_life_when_the_way_is_free(build):
+def test_of_two_bars_at_an_address_the_lower_function_decodes(build):
     rig = Rig(build, PciAddress(0, 5, 0), PciAddress(0, 6, 0))
-    other = rig.probes[1].bars[0].addr
-    rig.set(0x10, 4, other)
+    owner = rig.machine.inout.owner
+    mine, other = (probe.bars[0].addr for probe in rig.probes)
+    rig.host.config_write(0, 6, 0, 0x10, 4, mine)
 
-    assert rig.probe.bars[0].live is None
-    assert rig.machine.inout.owner(other) == "probe 0:6:0 BAR0"
+    assert owner(mine) == "probe 0:5:0 BAR0"
+    assert rig.probes[1].bars[0].live is None
 
-    rig.host.config_write(0, 6, 0, 0x10, 4, 0x8000)
+    rig.set(0x10, 4, 0x8000)
 
-    assert rig.machine.inout.owner(other) == "probe 0:5:0 BAR0"
-    assert rig.machine.inout.owner(0x8000) == "probe 0:6:0 BAR0"
+    assert owner(mine) == "probe 0:6:0 BAR0"
+    assert owner(0x8000) == "probe 0:5:0 BAR0"
+
+    rig.set(0x10, 4, mine)
+
+    assert owner(mine) == "probe 0:5:0 BAR0"
+
+    rig.host.config_write(0, 6, 0, 0x10, 4, other)
+
+    assert owner(other) == "probe 0:6:0 BAR0"
+
+
+def test_a_bar_that_gives_way_lets_a_third_one_up(build):
+    rig = Rig(build, *(PciAddress(0, slot, 0) for slot in (5, 6, 7)))
+    owner = rig.machine.inout.owner
+    rig.host.config_write(0, 7, 0, 0x10, 4, 0x9000)
+    rig.host.config_write(0, 6, 0, 0x10, 4, 0x9000)
+
+    assert owner(0x9000) == "probe 0:6:0 BAR0"
+
+    rig.set(0x10, 4, 0x9000)
+    rig.host.config_write(0, 6, 0, 0x10, 4, 0xA000)
+
+    assert owner(0x9000) == "probe 0:5:0 BAR0"
+    assert owner(0xA000) == "probe 0:6:0 BAR0"
+
+    rig.set(0x10, 4, 0)
+
+    assert owner(0x9000) == "probe 0:7:0 BAR0"
+
+
+def test_a_bar_over_something_else_leaves_the_others_alone(rig):
+    # 256 MiB that hold both another of its BARs and the ECAM, or the local APIC.
+    for address in (0xE0000000, 0xF0000000):
+        rig.set(0x14, 4, address)
+        rig.set(0x18, 4, 0)
+
+        assert rig.probe.bars[1].live is None
+        assert rig.machine.mem.read(0, 0xC0000010, 1) == 0x10
 
 
 @pytest.mark.parametrize("value", [0, 0xFFFFFFFF, 0xE0000000, 0xFEE00000, 0x60])
