@@ -15,6 +15,7 @@ from pybhyve.vmmapi.ctx import (
     VmPhase,
 )
 from pybhyve.vmmapi.exits import Exit, SuspendHow
+from pybhyve.vmmapi.iov import Iov, map_iov, release_iov
 from pybhyve.vmmapi.memory import (
     GB,
     HIGHMEM_BASE,
@@ -40,6 +41,7 @@ __all__ = [
     "VM_MAXCPU",
     "VM_PCIROM",
     "Exit",
+    "Iov",
     "MemView",
     "SuspendHow",
     "Vcpu",
@@ -47,6 +49,8 @@ __all__ = [
     "VmCtx",
     "VmPhase",
     "VmmError",
+    "map_iov",
     "parse_memsize",
+    "release_iov",
     "size_text",
 ]
