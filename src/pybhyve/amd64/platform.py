@@ -14,6 +14,7 @@ from pybhyve.amd64.mptable import MPTABLE_BASE, build_mptable
 from pybhyve.amd64.pci_irq import PirqRouter
 from pybhyve.amd64.pm import PowerManagement
 from pybhyve.amd64.post import Post
+from pybhyve.amd64.qemu_fwcfg import init_fwcfg
 from pybhyve.amd64.rtc import Rtc
 from pybhyve.pci.bus import PciHost, pci_host
 
@@ -35,6 +36,7 @@ def init_platform(machine: Machine) -> None:
     host = PciHost(machine, router)
     host.attach()
     machine.add_device("pci", host)
+    init_fwcfg(machine)
 
 
 def late_init(machine: Machine) -> None:
@@ -42,6 +44,9 @@ def late_init(machine: Machine) -> None:
 
     BhyveError: a table cannot describe it, or does not fit.
     """
+    machine.fwcfg.add_file("etc/e820", machine.e820.to_bytes())
+    if boot_order := pci_host(machine).boot_order():
+        machine.fwcfg.add_file("bootorder", boot_order)
     if machine.options.x86_mptable:
         table = build_mptable(machine.ncpu, pci_host(machine))
         machine.ctx.write(MPTABLE_BASE, table)

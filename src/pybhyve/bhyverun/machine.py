@@ -11,8 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from typing import Any, Final
 
+from pybhyve.amd64.e820 import E820
 from pybhyve.amd64.inout import InoutTable
 from pybhyve.amd64.mem import MemBus
+from pybhyve.amd64.qemu_fwcfg import FwCfg
 from pybhyve.bhyverun.vcpus import BSP, VcpuThreads
 from pybhyve.bhyverun.vmexit import vcpu_loop
 from pybhyve.config import Config
@@ -59,6 +61,10 @@ class Machine:
         self.mevent = EventLoop()
         self.inout = InoutTable(strict=options.x86_strictio)
         self.mem = MemBus(ncpu)
+        self.e820 = E820(ctx.lowmem_size, ctx.highmem_size)
+        """The memory map that firmware gets; to be changed during set-up only."""
+        self.fwcfg = FwCfg(ctx, ncpu)
+        """Items for firmware; to be added during set-up only."""
         self.devices: dict[str, Device] = {}
         """Every device, in the order of registration."""
         self.phase = Phase.SETUP

@@ -237,8 +237,6 @@ def check_available(options: GlobalOptions) -> None:
         "the debug server (gdb.port)": options.gdb_port != 0,
         "a TPM": options.tpm_type is not None,
         "a checkpoint (restore)": options.restore is not None,
-        "QEMU's firmware configuration (lpc.fwcfg=qemu)": options.lpc_fwcfg == "qemu",
-        "a firmware item (-f)": bool(options.fwcfg),
     }
     for what, wanted in missing.items():
         if wanted:

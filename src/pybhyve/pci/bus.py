@@ -141,6 +141,7 @@ class PciHost(Device):
         self.isa_bridge: str | None = None
         """The ACPI path of the bridge with the interrupt link devices, if any."""
         self._address = 0
+        self._boot_order: dict[int, PciAddress] = {}
         self._blocked: list[Bar] = []  # where something else is in the way
         self._rom_used = 0  # bytes of the segment for option ROMs
         self._pins: dict[tuple[int, int], list[int]] = {}
@@ -207,6 +208,25 @@ class PciHost(Device):
         least = uses.index(min(uses))
         uses[least] += 1
         return least + 1
+
+    def add_boot_device(self, address: PciAddress, bootindex: int) -> None:
+        """Have firmware try a function as the ``bootindex``th of all.
+
+        DeviceError: another has that index.
+        """
+        other = self._boot_order.setdefault(bootindex, address)
+        if other != address:
+            raise DeviceError(f"bootindex {bootindex} is that of {other} already")
+
+    def boot_order(self) -> bytes:
+        """fw_cfg's ``bootorder``: OpenFirmware paths, one a line; empty: no wishes."""
+        # PciRoot(0) is all that such a path can name.
+        lines = [
+            f"/pci@i0cf8/pci@{address.slot:x},{address.func:x}"
+            for _bootindex, address in sorted(self._boot_order.items())
+            if address.bus == 0
+        ]
+        return "\n".join(lines).encode() + b"\0" if lines else b""
 
     def finish_setup(self) -> None:
         """Give out addresses and interrupts, bus by bus."""

@@ -470,6 +470,14 @@ class PciDevice(Device, Generic[OptionsT]):
         self.intx_pin = self.host.take_pin(self.address)
         self.set_config(PCIR_INTPIN, 1, self.intx_pin)
 
+    def add_boot_device(self, bootindex: int | None) -> None:
+        """Have firmware try this function as the ``bootindex``th; None: whenever.
+
+        DeviceError: another has that index.
+        """
+        if bootindex is not None:
+            self.host.add_boot_device(self.address, bootindex)
+
     # -- what a device overrides -----------------------------------------------------
 
     def bar_read(self, index: int, offset: int, size: int) -> int:

@@ -157,7 +157,6 @@ def test_what_an_option_sets(argv, dump):
         (["-l", "bootrom,x", "vm"], 4, "a boot ROM is not available in this version"),
         (["-o", "lpc.bootrom=x", "vm"], 4, "use '-o bootrom' instead"),
         (["-l", "tpm,swtpm,x", "vm"], 4, "a TPM is not available in this version"),
-        (["-f", "a,string=x", "vm"], 4, "is not available in this version"),
         (["-l", "bootrom,x,fwcfg=qemu", "vm"], 4, "is not available in this version"),
         (["-o", "kernel=/nonexistent", "vm"], 4, "/nonexistent"),
         (["-c", "255", "vm"], 4, "255 vCPUs requested but only 254 available"),
