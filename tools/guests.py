@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import subprocess
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -57,26 +57,39 @@ class Guest:
     sha256: str | None = None
     keep: tuple[str, ...] = ()
 
-    def image(self, programs: Iterable[Path] = ()) -> Image:
-        """Fetch and build the guest's files; ``programs`` go into busybox's /bin."""
+    def image(
+        self, programs: Iterable[Path] = (), modules: Sequence[str] = ()
+    ) -> Image:
+        """Fetch and build the guest's files.
+
+        ``programs`` go into busybox's /bin; ``modules`` are the kernel's, loaded with
+        what they need before the shell starts.
+        """
         package = fetch.package(self.package, self.sha256)
         return Image(
             package,
             package.file(self.kernel),
-            self._initrd(package, programs),
+            self._initrd(package, programs, modules),
             self.cmdline,
         )
 
-    def _initrd(self, package: fetch.Package, programs: Iterable[Path]) -> Path | None:
+    def _initrd(
+        self, package: fetch.Package, programs: Iterable[Path], modules: Sequence[str]
+    ) -> Path | None:
         if not self.initrd:
             return None
         if self.initrd == "busybox":
-            archive = initramfs.busybox(programs)
+            files = []
+            if modules:
+                tree = package.file("lib/modules/*")
+                files = initramfs.modules_with_dependencies(tree, modules)
+            archive = initramfs.busybox(programs, files)
         else:
             archive = gzip.decompress(package.file(self.initrd).read_bytes())
             archive = initramfs.subset(archive, self.keep)
         BUILD_DIR.mkdir(parents=True, exist_ok=True)
-        path = BUILD_DIR / f"{self.name}.cpio"
+        # Machines with other modules may run at the same time.
+        path = BUILD_DIR / f"{'-'.join([self.name, *modules])}.cpio"
         path.write_bytes(archive)
         return path
 

@@ -1,7 +1,8 @@
 """Initial file systems for Linux guests: cpio "newc" archives, made without privilege.
 
 ``python -m tools.initramfs OUT [PROGRAM...]`` writes Debian's static busybox with an
-``/init`` that ends in a shell on the console; PROGRAMs go to ``/bin``.
+``/init`` that ends in a shell on the console; PROGRAMs go to ``/bin``, and those that
+are kernel modules (``.ko``) are loaded in their order before the shell starts.
 
 Format: Linux Documentation/driver-api/early-userspace/buffer-format.rst.  The same
 content always gives the same bytes: no times, no owners, inode numbers in order.
@@ -10,6 +11,7 @@ content always gives the same bytes: no times, no owners, inode numbers in order
 from __future__ import annotations
 
 import argparse
+import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -46,8 +48,11 @@ $(/bin/busybox nproc) CPU(s)"
 /bin/busybox --install -s /bin
 hostname bhyve
 mkdir -p /dev/pts && mount -t devpts pts /dev/pts
+while read module; do insmod "/lib/modules/$module"; done < /etc/modules
 echo "To leave: poweroff or reboot here, or Ctrl-] q for the virtual machine itself."
 """
+
+_MODULE_DEPENDS: Final = re.compile(rb"\0depends=([^\0]*)\0")  # in section .modinfo
 
 _PROFILE: Final = f"PS1='{PROMPT}'\n"
 
@@ -125,10 +130,25 @@ def unpack(archive: bytes) -> Iterator[Entry]:
         at += -at % 4
 
 
-def busybox(programs: Iterable[Path] = ()) -> bytes:
-    """Debian's busybox with an /init that ends in a shell; ``programs`` go to /bin."""
+def busybox(programs: Iterable[Path] = (), modules: Iterable[Path] = ()) -> bytes:
+    """Debian's busybox with an /init that ends in a shell.
+
+    ``programs`` go to /bin; ``modules`` are loaded in their order, see
+    `modules_with_dependencies`.
+    """
     static = fetch.package("busybox-static").file("bin/busybox")
-    directories = ("bin", "dev", "etc", "proc", "root", "sys", "tmp")
+    modules = list(modules)
+    directories = [
+        "bin",
+        "dev",
+        "etc",
+        "lib",
+        "lib/modules",
+        "proc",
+        "root",
+        "sys",
+        "tmp",
+    ]
     return pack(
         [
             *map(Entry.directory, directories),
@@ -138,9 +158,43 @@ def busybox(programs: Iterable[Path] = ()) -> bytes:
             Entry.file("etc/inittab", _INITTAB.encode()),
             Entry.file("etc/rc", _RC.encode(), 0o755),
             Entry.file("etc/profile", _PROFILE.encode()),
+            Entry.file("etc/modules", "".join(f"{m.name}\n" for m in modules).encode()),
+            *(Entry.file(f"lib/modules/{m.name}", m.read_bytes()) for m in modules),
             *(Entry.file(f"bin/{p.name}", p.read_bytes(), 0o755) for p in programs),
         ]
     )
+
+
+def modules_with_dependencies(tree: Path, names: Iterable[str]) -> list[Path]:
+    """The files of kernel modules and of all they need, in an order to load them.
+
+    ``tree`` is a kernel's directory below /lib/modules; a module that is built into the
+    kernel is left out.  Raises FetchError where one is not there.
+    """
+    files = {_module_name(path.stem): path for path in tree.glob("kernel/**/*.ko")}
+    builtin = (tree / "modules.builtin").read_text().split()
+    done = {_module_name(Path(path).stem) for path in builtin}
+    order: list[Path] = []
+
+    def add(name: str) -> None:
+        if name in done:
+            return
+        done.add(name)
+        if name not in files:
+            raise fetch.FetchError(f"no module {name} in {tree}")
+        info = _MODULE_DEPENDS.search(files[name].read_bytes())
+        for needed in info[1].decode().split(",") if info and info[1] else ():
+            add(_module_name(needed))
+        order.append(files[name])
+
+    for name in names:
+        add(_module_name(name))
+    return order
+
+
+def _module_name(stem: str) -> str:
+    """Files and dependencies disagree about dashes."""
+    return stem.replace("-", "_")
 
 
 def subset(archive: bytes, wanted: Iterable[str]) -> bytes:
@@ -168,7 +222,9 @@ def main() -> int:
     parser.add_argument("program", type=Path, nargs="*")
     args = parser.parse_args()
     try:
-        args.out.write_bytes(busybox(args.program))
+        modules = [path for path in args.program if path.suffix == ".ko"]
+        programs = [path for path in args.program if path.suffix != ".ko"]
+        args.out.write_bytes(busybox(programs, modules))
     except (fetch.FetchError, OSError) as error:
         print(f"initramfs: {error}", file=sys.stderr)
         return 1

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.initramfs import Entry, pack, subset, unpack
+from tools.fetch import FetchError
+from tools.initramfs import (
+    Entry,
+    modules_with_dependencies,
+    pack,
+    subset,
+    unpack,
+)
 
 NAMES = st.text("abc-._", min_size=1, max_size=20)
 ENTRIES = st.one_of(
@@ -73,3 +82,30 @@ def test_subset_keeps_what_is_named_its_directories_and_its_links() -> None:
     kept = [entry.path for entry in unpack(subset(archive, ["bin/busybox", "dev"]))]
 
     assert kept == ["bin", "bin/busybox", "bin/sh", "dev", "dev/console"]
+
+
+@pytest.fixture
+def modules(tmp_path: Path) -> Path:
+    """A kernel's modules: a disk's needs a bus's, both need what is built in."""
+    (tmp_path / "kernel/drivers").mkdir(parents=True)
+    (tmp_path / "modules.builtin").write_text("kernel/lib/crc-common.ko\n")
+    for name, depends in {
+        "disk": b"bus-core,crc_common",
+        "bus-core": b"crc-common",
+        "lost": b"nowhere",
+        "alone": b"",
+    }.items():
+        info = b"\0license=GPL\0depends=" + depends + b"\0retpoline=Y\0"
+        (tmp_path / f"kernel/drivers/{name}.ko").write_bytes(info)
+    return tmp_path
+
+
+def test_modules_come_after_what_they_need(modules: Path) -> None:
+    found = modules_with_dependencies(modules, ["alone", "disk", "bus_core"])
+
+    assert [path.name for path in found] == ["alone.ko", "bus-core.ko", "disk.ko"]
+
+
+def test_a_module_that_is_not_there_is_named(modules: Path) -> None:
+    with pytest.raises(FetchError, match="no module nowhere"):
+        modules_with_dependencies(modules, ["lost"])
