@@ -18,7 +18,7 @@ from pybhyve.amd64.acpi.resources import io, template
 from pybhyve.device import Device
 from pybhyve.errors import DeviceError, OptionError
 from pybhyve.variables import FwcfgOptions
-from pybhyve.vmmapi import VmCtx, VmmError
+from pybhyve.vmmapi import VmCtx, VmmError, map_iov, release_iov
 
 if TYPE_CHECKING:
     from pybhyve.amd64.inout import InoutTable
@@ -205,9 +205,12 @@ class FwCfg(Device):
             length -= part
 
     def _put(self, address: int, data: bytes) -> None:
-        if data:
-            with memoryview(self._ctx.map_gpa(address, len(data), True)) as view:
-                view[:] = data
+        iov = map_iov(self._ctx, [(address, len(data))], writable=True)
+        done = 0
+        for buffer in iov:
+            buffer[:] = data[done : done + len(buffer)]
+            done += len(buffer)
+        release_iov(iov)
 
     # -- life ------------------------------------------------------------------------
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from pybhyve.errors import DeviceError
 from pybhyve.options import Options, key, parse_legacy_config
 from pybhyve.pci.emul import PciAddress, PciDevice
 from pybhyve.pci.pcireg import PCIC_BRIDGE, PCIEM_TYPE_ROOT_PORT, PCIS_BRIDGE_HOST
+from pybhyve.pci.piix4pm import PIIX4_PM_ADDRESS, Piix4Pm
 from pybhyve.pci.registry import pci_device
 
 if TYPE_CHECKING:
     from pybhyve.bhyverun.machine import Machine
     from pybhyve.config import Node
     from pybhyve.pci.bus import PciHost
+
+
+BHYVE_IDS: Final = (0x1275, 0x1275)
+I440FX_IDS: Final = (0x8086, 0x1237)
 
 
 def parse_id(text: str) -> int:
@@ -32,8 +38,18 @@ parse_id.kind = "hexadecimal"  # type: ignore[attr-defined]  # read by key()
 class HostbridgeOptions(Options):
     """``pcireg.…``: what it says it is."""
 
-    vendor: int = key(0x1275, parse=parse_id, name="pcireg.vendor", doc="Vendor id.")
-    device: int = key(0x1275, parse=parse_id, name="pcireg.device", doc="Device id.")
+    vendor: int | None = key(
+        None,
+        parse=parse_id,
+        name="pcireg.vendor",
+        doc="Vendor id; 0x8086 with lpc.fwcfg=qemu, else 0x1275.",
+    )
+    device: int | None = key(
+        None,
+        parse=parse_id,
+        name="pcireg.device",
+        doc="Device id; 0x1237 with lpc.fwcfg=qemu, else 0x1275.",
+    )
 
 
 def _amd_config(node: Node, text: str) -> None:
@@ -51,6 +67,9 @@ class PciHostbridge(PciDevice[HostbridgeOptions]):
 
     deviation: the header is of type 0, as it is for host bridges; bhyve's newest says 1
     and then has none of a bridge's registers.
+
+    deviation: a firmware that finds fw_cfg finds the host bridge of QEMU's i440fx too,
+    by which OVMF knows how the machine is laid out; bhyve's firmware takes either.
     """
 
     def __init__(
@@ -61,10 +80,20 @@ class PciHostbridge(PciDevice[HostbridgeOptions]):
         options: HostbridgeOptions,
     ) -> None:
         super().__init__(machine, host, address, options)
-        self.set_ids(
-            options.vendor,
-            options.device,
-            class_=PCIC_BRIDGE,
-            subclass=PCIS_BRIDGE_HOST,
-        )
-        self.add_pcie(PCIEM_TYPE_ROOT_PORT)
+        ids = BHYVE_IDS
+        if machine.options.lpc_fwcfg == "qemu":
+            ids = I440FX_IDS
+        vendor = ids[0] if options.vendor is None else options.vendor
+        device = ids[1] if options.device is None else options.device
+        self.set_ids(vendor, device, class_=PCIC_BRIDGE, subclass=PCIS_BRIDGE_HOST)
+        if (vendor, device) == I440FX_IDS:
+            if machine.config.get(f"{PIIX4_PM_ADDRESS.path}.device") is not None:
+                raise DeviceError(
+                    f"slot {PIIX4_PM_ADDRESS} is that of its power management: "
+                    "put the device there elsewhere"
+                )
+            piix4pm = Piix4Pm(machine, host)
+            host.add(piix4pm)
+            machine.add_device(piix4pm.address.path, piix4pm)
+        else:
+            self.add_pcie(PCIEM_TYPE_ROOT_PORT)
