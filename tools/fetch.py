@@ -93,7 +93,7 @@ def _package(name: str, sha256: str | None) -> Package:
     # The system's lists may be missing, or older than what the mirror still holds;
     # lists of our own need no privilege and leave the system as it is.
     reason = "not in apt's package lists"
-    for lists in (_system_lists, _own_lists):
+    for lists in (system_lists, own_lists):
         options = lists()
         offer = _resolve(name, options)
         if offer is None:
@@ -142,11 +142,12 @@ def _cached(name: str) -> list[Package]:
     return found
 
 
-def _system_lists() -> list[str]:
+def system_lists() -> list[str]:
+    """No options: apt uses the system's package lists, which may be old or missing."""
     return []
 
 
-def _own_lists() -> list[str]:
+def own_lists() -> list[str]:
     """Options that make apt use fresh package lists kept in our cache."""
     apt = cache_dir() / "apt"
     options = [
