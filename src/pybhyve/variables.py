@@ -81,8 +81,8 @@ class GlobalOptions(Options):
     cmdline: str | None = key(
         None, doc="Command line for kernel; Linux talks on com1 if not given."
     )
-    bootrom: str | None = key(None, doc="Firmware image.")
-    bootvars: str | None = key(None, doc="Firmware's variable store.")
+    bootrom: str | None = key(None, doc="Firmware image; not with kernel.")
+    bootvars: str | None = key(None, doc="Its variable store, which it changes.")
     restore: str | None = key(None, doc="Checkpoint to go on from.")
     gdb_address: str = key(
         "localhost", name="gdb.address", doc="Where the debug server listens."

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pybhyve.amd64 import platform
+from pybhyve.amd64.bootrom import Firmware
 from pybhyve.bhyverun.machine import Machine
 from pybhyve.config import Config
 from pybhyve.pci import init_pci
@@ -85,7 +86,11 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
             ctx = VmCtx.create(f"vm{len(list(tmp_path.rglob('*')))}", cpus)
             stack.callback(ctx.destroy)
             ctx.setup_memory(memory)
-            machine = Machine(ctx, config, GlobalOptions.parse(config), cpus)
+            options = GlobalOptions.parse(config)
+            firmware = Firmware.open(options)
+            if firmware is not None:
+                stack.callback(firmware.close)
+            machine = Machine(ctx, config, options, cpus, firmware=firmware)
             stack.callback(machine.halt)
             machine.vm = WatchedVm(ctx.vm)  # type: ignore[assignment]  # stands in
             platform.init_platform(machine)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pybhyve.amd64.acpi.build import build_acpi
 from pybhyve.amd64.atkbdc import Atkbdc
+from pybhyve.amd64.bootrom import init_bootrom
 from pybhyve.amd64.kernemu_dev import KernelDevices
 from pybhyve.amd64.mptable import MPTABLE_BASE, build_mptable
 from pybhyve.amd64.pci_irq import PirqRouter
@@ -33,6 +34,8 @@ def init_platform(machine: Machine) -> None:
     pm = PowerManagement(machine)
     pm.attach()
     machine.add_device("pm", pm)
+    if machine.firmware is not None:
+        init_bootrom(machine, machine.firmware)
     host = PciHost(machine, router)
     host.attach()
     machine.add_device("pci", host)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pybhyve.amd64.acpi import Aml
 from pybhyve.amd64.acpi.aml import string
 from pybhyve.amd64.acpi.resources import io, template
+from pybhyve.amd64.fwctl import Fwctl
 from pybhyve.device import Device
 from pybhyve.errors import DeviceError, OptionError
 from pybhyve.variables import FwcfgOptions
@@ -246,7 +247,7 @@ class FwCfg(Device):
 
 
 def init_fwcfg(machine: Machine) -> None:
-    """Add the user's files and the number of vCPUs, and the ports if asked for.
+    """Add the user's files and the number of vCPUs, and the ports of ``lpc.fwcfg``.
 
     OptionError, DeviceError or HostError: an item of ``-f`` is not possible.
     """
@@ -257,6 +258,8 @@ def init_fwcfg(machine: Machine) -> None:
     if machine.options.lpc_fwcfg == "qemu":
         fwcfg.attach(machine.inout)
         machine.add_device("fwcfg", fwcfg)
+    elif machine.firmware is not None:
+        machine.add_device("fwctl", Fwctl(machine))
 
 
 def _user_data(number: int, item: FwcfgOptions) -> bytes:

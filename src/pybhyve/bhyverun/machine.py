@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from typing import Any, Final
 
+from pybhyve.amd64.bootrom import Firmware
 from pybhyve.amd64.e820 import E820
 from pybhyve.amd64.inout import InoutTable
 from pybhyve.amd64.mem import MemBus
@@ -47,10 +48,12 @@ class Machine:
         options: GlobalOptions,
         ncpu: int,
         domains: Sequence[Collection[int]] = (),
+        firmware: Firmware | None = None,
     ) -> None:
         """``ctx`` has its memory set up; ``options`` are the values of ``config``.
 
         ``domains`` are the vCPUs of each NUMA domain, if the user wants any.
+        ``firmware`` stays the caller's to close, after `halt`.
         """
         self.ctx = ctx
         self.vm = ctx.vm
@@ -58,6 +61,7 @@ class Machine:
         self.options = options
         self.ncpu = ncpu
         self.domains = domains
+        self.firmware = firmware
         self.mevent = EventLoop()
         self.inout = InoutTable(strict=options.x86_strictio)
         self.mem = MemBus(ncpu)

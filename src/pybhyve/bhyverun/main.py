@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from pybhyve.amd64 import platform
+from pybhyve.amd64.bootrom import Firmware
 from pybhyve.amd64.xmsr import host_vendor
 from pybhyve.bhyveload import loader
 from pybhyve.bhyveload.formats import make_plan
@@ -26,6 +27,7 @@ from pybhyve.config import Config
 from pybhyve.control import server as control
 from pybhyve.errors import (
     BhyveError,
+    ConfigError,
     HostError,
     NotAvailableError,
     OptionError,
@@ -71,11 +73,16 @@ def run_vm(config: Config) -> int:
         raise OptionError(f"invalid memsize '{options.memory_size}'") from error
     domains = calc_domains(options, topology.cpus, memsize)
     host_vendor()
-    # Before the VM is touched: a kernel that cannot be loaded leaves it as it was.
+    # Before the VM is touched: what cannot be loaded leaves it as it was.
     total = sum(domain.size for domain in domains) or memsize
     image = plan_kernel(options, total)
-
-    ctx, created = do_open(options, topology)
+    firmware = Firmware.open(options)
+    try:
+        ctx, created = do_open(options, topology)
+    except BaseException:
+        if firmware is not None:
+            firmware.close()
+        raise
     try:
         init_vcpus(ctx, options, topology)
         ctx.setup_memory(memsize, [domain.size for domain in domains])
@@ -84,7 +91,7 @@ def run_vm(config: Config) -> int:
             loader.apply(ctx, *image)
             image = None  # it may be large
         vcpus = [domain.vcpus for domain in domains]
-        machine = Machine(ctx, config, options, topology.cpus, vcpus)
+        machine = Machine(ctx, config, options, topology.cpus, vcpus, firmware)
         try:
             set_up(machine)
             created = False  # from here on it stays, whatever happens
@@ -96,6 +103,8 @@ def run_vm(config: Config) -> int:
         if created:
             ctx.destroy()
         ctx.close()
+        if firmware is not None:
+            firmware.close()
 
 
 def run(machine: Machine, affinity: dict[int, frozenset[int]]) -> SuspendHow | int:
@@ -125,23 +134,23 @@ def set_up(machine: Machine) -> None:
 def do_open(options: GlobalOptions, topology: Topology) -> tuple[VmCtx, bool]:
     """The VM, and whether it is new.
 
-    A kernel is what a boot ROM is to bhyve: with one the VM starts afresh, made if
-    there is none; without one it must be there and loaded.
+    With a boot ROM, or a kernel, the VM starts afresh, made if there is none; without
+    one it must be there and loaded.
     """
     name = options.name or ""
     if topology.cpus > VM_MAXCPU:
         raise BhyveError(
             f"{topology.cpus} vCPUs requested but only {VM_MAXCPU} available"
         )
-    afresh = options.kernel is not None
+    afresh = options.bootrom is not None or options.kernel is not None
     created = False
     try:
         ctx = VmCtx.open(name, topology.cpus, reinit=afresh)
     except VmNotFoundError:
         if not afresh:
             raise BhyveError(
-                f"no bootrom was configured: load VM '{name}' with bhyveload first, "
-                "or give -o kernel=FILE"
+                f"no bootrom was configured: give -l bootrom,FILE or -o kernel=FILE, "
+                f"or load VM '{name}' with bhyveload first"
             ) from None
         ctx = VmCtx.create(name, topology.cpus)
         created = True
@@ -178,8 +187,10 @@ def init_vcpus(ctx: VmCtx, options: GlobalOptions, topology: Topology) -> None:
         vcpu.set_x2apic_state(int(options.x86_x2apic))
         vcpu.set_capability("enable_invpcid", 1)
         vcpu.set_capability("ipi_exit", 1)
-        if index != BSP:
+        if index != BSP or options.bootrom is not None:
             vcpu.set_capability("unrestricted_guest", 1)
+    if options.bootrom is not None:
+        ctx.vcpu(BSP).reset()
 
 
 def _capability(vcpu: Vcpu, name: str, missing: str) -> None:
@@ -230,10 +241,11 @@ def finish(ctx: VmCtx, options: GlobalOptions, result: SuspendHow | int) -> int:
 
 
 def check_available(options: GlobalOptions) -> None:
-    """Refuse at once what bhyve has and this version has not."""
+    """Refuse at once what bhyve has and this version has not, and contradictions."""
+    if options.bootrom is not None and options.kernel is not None:
+        raise ConfigError("bootrom and kernel exclude each other: both start the VM")
     missing = {
         "engine kvm": options.engine == "kvm",
-        "a boot ROM": options.bootrom is not None,
         "the debug server (gdb.port)": options.gdb_port != 0,
         "a TPM": options.tpm_type is not None,
         "a checkpoint (restore)": options.restore is not None,

@@ -84,6 +84,70 @@ def test_a_kernel_makes_a_vm_anew(kernel):
     VmDir.open("vm").destroy()
 
 
+@pytest.fixture
+def bootrom(tmp_path: Path):
+    def make(code: str, *options: str) -> str:
+        """A ROM of one page with 16 bytes of 16-bit code at the reset vector."""
+        path = tmp_path / "ROM.fd"
+        path.write_bytes(bytes.fromhex(code).ljust(16, b"\xf4").rjust(4096, b"\0"))
+        return ",".join(["bootrom", str(path), *options])
+
+    return make
+
+
+ROM_POWEROFF = "ba0404 b80034 ef"
+ROM_RESET = "ba f90c b006 ee"
+
+
+@pytest.mark.parametrize("ncpus", ["1", "2"])
+def test_firmware_runs_from_the_reset_vector(capfd, bootrom, ncpus):
+    assert main(["-c", ncpus, "-l", bootrom(ROM_RESET), "vm"]) == 0
+    assert main(["-c", ncpus, "-l", bootrom(ROM_POWEROFF), "vm"]) == 1
+
+    assert lines(capfd) == []
+    VmDir.open("vm").destroy()
+
+
+def test_firmware_starts_a_loaded_vm_anew(bootrom):
+    ctx = VmCtx.create("vm")
+    ctx.setup_memory(64 * MB)
+    ctx.save_loaded()
+    ctx.close()
+
+    assert main(["-m", "32M", "-l", bootrom(ROM_POWEROFF), "vm"]) == 1
+
+    VmDir.open("vm").destroy()
+
+
+def test_firmware_that_cannot_be_used_leaves_the_vm_as_it_was(capfd, bootrom, tmp_path):
+    assert main(["-l", bootrom(ROM_RESET), "vm"]) == 0
+    (tmp_path / "VARS.fd").write_bytes(bytes(100))
+
+    variables = str(tmp_path / "VARS.fd")
+    assert main(["-l", bootrom(ROM_RESET, variables), "vm"]) == 4
+
+    assert lines(capfd) == [
+        f'bhyve: Invalid bootrom variable size 100 of "{variables}": '
+        "expected a multiple of 4096, at most 16777216"
+    ]
+    ctx = VmCtx.open("vm")
+    assert (ctx.phase, ctx.ended) == (VmPhase.ENDED, SuspendHow.RESET)
+    ctx.destroy()
+
+
+def test_what_firmware_wrote_is_there_after_the_run(bootrom, tmp_path):
+    variables = tmp_path / "VARS.fd"
+    variables.write_bytes(bytes(4096))
+    # Big real mode: the reset vector's CS reaches the page below the ROM's.
+    code = "2e c606 00e0 10  2e c606 00e0 42  b0fe e664"
+
+    assert main(["-s", "31,lpc", "-l", bootrom(code, str(variables)), "vm"]) == 0
+
+    assert variables.read_bytes() == b"\x42" + bytes(4095)
+    assert main(["-l", bootrom(ROM_POWEROFF, str(variables)), "vm"]) == 1
+    VmDir.open("vm").destroy()
+
+
 def test_a_vm_without_a_kernel_has_nothing_to_run(capfd):
     VmCtx.create("vm").close()
 
