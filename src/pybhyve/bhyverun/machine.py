@@ -7,7 +7,8 @@ halt.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from typing import Any, Final
 
@@ -72,6 +73,8 @@ class Machine:
         self.devices: dict[str, Device] = {}
         """Every device, in the order of registration."""
         self.phase = Phase.SETUP
+        self.random_bytes: Callable[[int], bytes] = os.urandom
+        """The one source of randomness of all devices: as many bytes as asked for."""
         self._vcpus: VcpuThreads | None = None
 
     def add_device(self, name: str, device: Device) -> None:

@@ -56,6 +56,7 @@ ROM_MAX: Final = 16 << 20  # 6.2.5.2
 ROM_SIGNATURE: Final = b"\x55\xaa"  # 6.3.1.1
 
 PCIY_MSI: Final = 0x05
+PCIY_VENDOR: Final = 0x09
 PCIY_EXPRESS: Final = 0x10
 PCIY_MSIX: Final = 0x11
 

@@ -38,7 +38,6 @@ NOT_AVAILABLE: Final = frozenset(
         "virtio-console",
         "virtio-input",
         "virtio-net",
-        "virtio-rnd",
         "virtio-scsi",
         "xhci",
     }
