@@ -8,7 +8,8 @@ What a device may count on is in `BlockIf`.
 
 from __future__ import annotations
 
-from pybhyve.block.blockif import BlockIf, BlockReq, Done
+from pybhyve.block.blockif import BlockIf
 from pybhyve.block.options import BlockOptions, SectorSize
+from pybhyve.block.pool import BlockReq, Done
 
 __all__ = ["BlockIf", "BlockOptions", "BlockReq", "Done", "SectorSize"]
