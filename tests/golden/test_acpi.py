@@ -7,33 +7,59 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from pybhyve.amd64 import platform
-from pybhyve.amd64.acpi.build import ACPI_BASE, build_acpi
+from pybhyve.amd64.acpi.build import ACPI_BASE, build_acpi, place_acpi
 from pybhyve.bhyverun.machine import Machine
 from pybhyve.config import Config
 from pybhyve.errors import BhyveError
 from pybhyve.pci import init_pci
 from pybhyve.variables import GlobalOptions
 from pybhyve.vmmapi import VmCtx
+from tests.guestside.loader import run_script
 
 Iasl = Callable[..., str]
 GOLDEN = Path(__file__).parent / "acpi"
 
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    slots: tuple[str, ...]
+    cpus: int = 1
+    memory: tuple[int, ...] = (64 * MIB,)  # of each NUMA domain
+    domains: tuple[frozenset[int], ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_MPTABLE = {"x86.mptable": "false"}  # which is for one bus
+BUSY = ("0.0.0=hostbridge", "0.3.0=uart", "0.3.1=uart", "0.31.0=lpc", "1.2.0=uart")
+FWCFG = {"lpc.fwcfg": "qemu"}
+
 MACHINES = {
     # What a directly loaded kernel usually gets.
-    "plain": (2, ["0.0.0=hostbridge", "0.31.0=lpc"]),
+    "plain": Spec(("0.0.0=hostbridge", "0.31.0=lpc"), 2),
     # Interrupts, several functions in a slot, a second bus.
-    "busy": (
-        1,
-        ["0.0.0=hostbridge", "0.3.0=uart", "0.3.1=uart", "0.31.0=lpc", "1.2.0=uart"],
-    ),
+    "busy": Spec(BUSY, variables=NO_MPTABLE),
     # No bridge: ISA devices stand alone, routes name interrupts.
-    "no-lpc": (1, ["0.3.0=uart"]),
+    "no-lpc": Spec(("0.3.0=uart",)),
+    # OVMF's: fw_cfg, and windows for BARs that firmware moves.
+    "fwcfg": Spec(("0.0.0=hostbridge", "0.3.0=uart", "0.31.0=lpc"), variables=FWCFG),
+    # The same where other buses are in between, and RAM up to 3 GiB.
+    "fwcfg-busy": Spec(BUSY, memory=(3 * GIB,), variables=FWCFG | NO_MPTABLE),
+    "numa": Spec(
+        ("0.0.0=hostbridge", "0.31.0=lpc"),
+        4,
+        (2 * GIB, 2 * GIB),
+        (frozenset({0, 1}), frozenset({2, 3})),
+    ),
 }
 
 
@@ -41,15 +67,18 @@ MACHINES = {
 def machine_of(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Machine]:
-    cpus, slots = MACHINES[name]
+    spec = MACHINES[name]
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     config = Config()
-    for slot in slots:
+    for slot in spec.slots:
         place, _, device = slot.partition("=")
         config.set(f"pci.{place}.device", device)
-    ctx = VmCtx.create(name, cpus)
-    ctx.setup_memory(64 << 20)
-    machine = Machine(ctx, config, GlobalOptions.parse(config), cpus)
+    for variable, value in spec.variables.items():
+        config.set(variable, value)
+    ctx = VmCtx.create(name, spec.cpus)
+    ctx.setup_memory(0, spec.memory)
+    options = GlobalOptions.parse(config)
+    machine = Machine(ctx, config, options, spec.cpus, spec.domains)
     try:
         platform.init_platform(machine)
         init_pci(machine)
@@ -72,7 +101,7 @@ def disassemble(iasl: Iasl, directory: Path, name: str, table: bytes) -> str:
 @pytest.mark.parametrize("name", MACHINES)
 def test_tables_are_as_they_were(name, tmp_path, monkeypatch, request, iasl):
     with machine_of(name, tmp_path, monkeypatch) as machine:
-        tables = build_acpi(machine)
+        tables = place_acpi(build_acpi(machine))
     text = ""
     for signature, (address, table) in tables.items():
         if signature == "RSDP":  # which iasl does not read
@@ -93,7 +122,7 @@ def test_iasl_finds_no_fault_when_it_compiles_the_dsdt(
     name, tmp_path, monkeypatch, iasl
 ):
     with machine_of(name, tmp_path, monkeypatch) as machine:
-        table = build_acpi(machine)["DSDT"][1]
+        table = place_acpi(build_acpi(machine))["DSDT"][1]
     text = disassemble(iasl, tmp_path, "dsdt", table)
     output = iasl(tmp_path, "-oa", "dsdt.dsl")
 
@@ -134,9 +163,34 @@ def test_pointers_lead_to_the_tables(tmp_path, monkeypatch):
         assert read(u64(listed[0] + 140), 4) == b"DSDT"
 
 
+@pytest.mark.parametrize("name", MACHINES)
+def test_firmware_that_follows_the_script_has_the_same_tables(
+    name, tmp_path, monkeypatch
+):
+    end = 0x7E000000
+
+    def allocate(size: int, align: int) -> int:
+        nonlocal end
+        end = (end - size) & -align
+        return end
+
+    with machine_of(name, tmp_path, monkeypatch) as machine:
+        platform.late_init(machine)
+        tables = build_acpi(machine)
+        fwcfg = machine.fwcfg
+    found = run_script(fwcfg.file("etc/table-loader"), fwcfg.file, allocate)
+
+    assert list(found) == [f"etc/acpi/{table.name}" for table in tables]
+    addresses = {table.name: found[f"etc/acpi/{table.name}"][0] for table in tables}
+    for table in tables:
+        address, data = found[f"etc/acpi/{table.name}"]
+        assert address % table.align == 0
+        assert data == table.at(addresses)
+
+
 def test_too_many_processors_for_the_room(tmp_path, monkeypatch):
     with machine_of("plain", tmp_path, monkeypatch) as machine:
         machine.ncpu = 10000
 
         with pytest.raises(BhyveError, match="fewer vCPUs"):
-            build_acpi(machine)
+            place_acpi(build_acpi(machine))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pybhyve.amd64.acpi.build import build_acpi
+from pybhyve.amd64.acpi.build import build_acpi, place_acpi
+from pybhyve.amd64.acpi.loader import add_acpi
 from pybhyve.amd64.atkbdc import Atkbdc
 from pybhyve.amd64.bootrom import init_bootrom
 from pybhyve.amd64.kernemu_dev import KernelDevices
@@ -53,6 +54,9 @@ def late_init(machine: Machine) -> None:
     if machine.options.x86_mptable:
         table = build_mptable(machine.ncpu, pci_host(machine))
         machine.ctx.write(MPTABLE_BASE, table)
-    if machine.options.acpi_tables and machine.options.acpi_tables_in_memory:
-        for address, table in build_acpi(machine).values():
-            machine.ctx.write(address, table)
+    if machine.options.acpi_tables:
+        tables = build_acpi(machine)
+        add_acpi(machine.fwcfg, tables)
+        if machine.options.acpi_tables_in_memory:
+            for address, data in place_acpi(tables).values():
+                machine.ctx.write(address, data)

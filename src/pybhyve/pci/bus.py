@@ -70,6 +70,8 @@ TESTDEV_PORTS: Final = 0x20  # pc-testdev has the first ports of the I/O window
 MEM32_BASE: Final = 0xC0000000
 ECAM_BASE: Final = 0xE0000000
 MEM32_LIMIT: Final = ECAM_BASE
+# OVMF begins with memory BARs here where that is not RAM.
+OVMF_MEM32_BASE: Final = 2 << 30
 FOUR_GIB: Final = 1 << 32
 MEM64_ALIGN: Final = 32 << 30
 MEM64_SIZE: Final = 32 << 30
@@ -103,15 +105,29 @@ class Window:
         return addr
 
 
+Range = tuple[int, int]  # [base, end)
+
+
+@dataclass(slots=True)
+class Rest:
+    """Address ranges that no bus needs for the BARs it has."""
+
+    io: list[Range] = field(default_factory=list)
+    mem32: list[Range] = field(default_factory=list)
+    mem64: list[Range] = field(default_factory=list)
+
+
 @dataclass(slots=True)
 class PciBus:
     """One bus: its functions and the address ranges its bridge passes on."""
 
     number: int
     functions: dict[tuple[int, int], PciDevice[Any]] = field(default_factory=dict)
-    io: tuple[int, int] = (0, 0)  # [base, end)
-    mem32: tuple[int, int] = (0, 0)
-    mem64: tuple[int, int] = (0, 0)
+    io: Range = (0, 0)
+    mem32: Range = (0, 0)
+    mem64: Range = (0, 0)
+    rest: Rest = field(default_factory=Rest)
+    """What else the bridge passes on."""
 
     def routes(self) -> Iterator[tuple[int, IntxRoute]]:
         """Slot and route of each interrupt pin in use; functions may share one."""
@@ -256,6 +272,15 @@ class PciHost(Device):
             bus.mem64 = start[2], mem64.base
             for device in bus.devices():
                 self._route(device)
+        if self.machine.options.lpc_fwcfg == "qemu" and 0 in self.buses:
+            # Firmware moves the BARs of bus 0, to wherever no other bus is.
+            self.buses[0].rest = Rest(
+                io=[(io.base, io.limit)],
+                mem32=[(mem32.base, mem32.limit)],
+                mem64=[(mem64.base, mem64.limit)],
+            )
+            if self.machine.ctx.lowmem_size <= OVMF_MEM32_BASE:
+                self.buses[0].rest.mem32.append((OVMF_MEM32_BASE, MEM32_BASE))
 
     @staticmethod
     def _assign(bar: Bar, io: Window, mem32: Window, mem64: Window) -> None:
@@ -477,13 +502,24 @@ def _windows(bus: PciBus) -> Iterator[bytes]:
         yield io(CONF1_ADDR_PORT, CONF1_PORTS)
         yield io_range(0, CONF1_ADDR_PORT - 1)
         yield io_range(CONF1_ADDR_PORT + CONF1_PORTS, IO_BASE - 1)
-    for make, (base, end) in (
-        (io_range, bus.io),
-        (memory32_range, bus.mem32),
-        (memory64_range, bus.mem64),
+    for make, ranges in (
+        (io_range, [bus.io, *bus.rest.io]),
+        (memory32_range, [bus.mem32, *bus.rest.mem32]),
+        (memory64_range, [bus.mem64, *bus.rest.mem64]),
     ):
-        if end > base:
+        for base, end in _joined(ranges):
             yield make(base, end - 1)
+
+
+def _joined(ranges: list[Range]) -> list[Range]:
+    """The ranges that have addresses, by rising address, adjacent ones as one."""
+    joined: list[Range] = []
+    for base, end in sorted(ranges):
+        if joined and joined[-1][1] == base:
+            joined[-1] = joined[-1][0], end
+        elif base < end:
+            joined.append((base, end))
+    return joined
 
 
 def pci_host(machine: Machine) -> PciHost:

@@ -16,7 +16,7 @@ def test_processors_and_memory_of_two_domains():
         (0xFF000000, 8, 0, 1 << 24, 5),  # the boot ROM is no memory
     ]
 
-    table = build_srat([{0, 1}, {2}], memmap)
+    table = build_srat([{0, 1}, {2}], memmap).at({})
 
     assert table[:4] == b"SRAT"
     assert sum(table) & 0xFF == 0

@@ -11,7 +11,7 @@ from typing import Final
 
 from pybhyve.amd64.acpi.aml import Aml, arg, eisaid, package
 from pybhyve.amd64.acpi.resources import template
-from pybhyve.amd64.acpi.table import build_table
+from pybhyve.amd64.acpi.table import Table, build_table
 from pybhyve.device import Device
 
 SLP_TYP_S5: Final = 5
@@ -45,7 +45,7 @@ class Dsdt(Aml):
         for _name, device in here:
             device.dsdt(self)
 
-    def finish(self) -> bytes:
+    def finish(self) -> Table:
         """The table; ValueError where a device's part has no place."""
         if self._waiting:
             lost = ", ".join(self._waiting)
@@ -53,7 +53,7 @@ class Dsdt(Aml):
         return build_table("DSDT", 2, self.to_bytes())
 
 
-def build_dsdt(devices: Mapping[str, Device]) -> bytes:
+def build_dsdt(devices: Mapping[str, Device]) -> Table:
     r"""The table for these devices.
 
     ISA devices that no bridge has placed are in ``\_SB``.

@@ -12,6 +12,8 @@ from pybhyve.amd64.acpi.table import (
     ACCESS_WORD,
     NO_ADDRESS,
     SPACE_IO,
+    Pointer,
+    Table,
     address,
     build_table,
 )
@@ -37,15 +39,13 @@ LVL2_ABSENT: Final = 101
 LVL3_ABSENT: Final = 1001
 
 
-def build_fadt(facs: int, dsdt: int) -> bytes:
+def build_fadt() -> Table:
     """Revision 5.1, with the addresses of FACS and DSDT in both widths.
 
     deviation: bhyve leaves out the flag for the 8042, which is there all the same.
     """
     body = struct.pack(
-        "<IIBBHIBBBB",
-        facs,
-        dsdt,
+        "<BBHIBBBB",
         0,
         0,  # preferred profile: unspecified
         SCI_IRQ,
@@ -90,15 +90,23 @@ def build_fadt(facs: int, dsdt: int) -> bytes:
     )
     body += address(SPACE_IO, 8, pm.RESET_REG, ACCESS_BYTE)
     body += struct.pack("<BHB", pm.RESET_VALUE, 0, 1)  # minor version 1
-    body += struct.pack("<QQ", facs, dsdt)
-    body += address(SPACE_IO, 32, pm.PM1A_EVT, ACCESS_WORD)
-    body += NO_ADDRESS
-    body += address(SPACE_IO, 16, pm.PM1A_CNT, ACCESS_WORD)
-    body += NO_ADDRESS
-    body += NO_ADDRESS
-    body += address(SPACE_IO, 32, pm.PM_TIMER, ACCESS_DWORD)
-    body += address(SPACE_IO, 8 * pm.GPE0_LEN, pm.GPE0, ACCESS_BYTE)
-    body += NO_ADDRESS
-    body += NO_ADDRESS
-    body += NO_ADDRESS
-    return build_table("FACP", 5, body)
+    extended = address(SPACE_IO, 32, pm.PM1A_EVT, ACCESS_WORD)
+    extended += NO_ADDRESS
+    extended += address(SPACE_IO, 16, pm.PM1A_CNT, ACCESS_WORD)
+    extended += NO_ADDRESS
+    extended += NO_ADDRESS
+    extended += address(SPACE_IO, 32, pm.PM_TIMER, ACCESS_DWORD)
+    extended += address(SPACE_IO, 8 * pm.GPE0_LEN, pm.GPE0, ACCESS_BYTE)
+    extended += NO_ADDRESS
+    extended += NO_ADDRESS
+    extended += NO_ADDRESS
+    return build_table(
+        "FACP",
+        5,
+        Pointer("FACS", 4),
+        Pointer("DSDT", 4),
+        body,
+        Pointer("FACS", 8),
+        Pointer("DSDT", 8),
+        extended,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from pybhyve.amd64.acpi.table import build_table
+from pybhyve.amd64.acpi.table import Table, build_table
 from pybhyve.amd64.pci_irq import SCI_IRQ
 
 LAPIC_BASE: Final = 0xFEE00000
@@ -20,7 +20,7 @@ HIGH_EDGE: Final = 0x5
 LOW_LEVEL: Final = 0xF
 
 
-def build_madt(ncpu: int) -> bytes:
+def build_madt(ncpu: int) -> Table:
     """One local APIC a vCPU, the IOAPIC, two overrides, NMI on LINT1."""
     body = struct.pack("<II", LAPIC_BASE, PCAT_COMPAT)
     for cpu in range(ncpu):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import struct
 
-from pybhyve.amd64.acpi.table import OEM_ID, checksum
+from pybhyve.amd64.acpi.table import OEM_ID, Checksum, Pointer, Table, make_table
 
 
-def build_rsdp(rsdt: int, xsdt: int) -> bytes:
+def build_rsdp() -> Table:
     """Revision 2, with both pointers and both checksums."""
-    table = bytearray(
-        struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, OEM_ID, 2, rsdt, 36, xsdt, 0)
+    return make_table(
+        "RSDP",
+        struct.pack("<8sB6sB", b"RSD PTR ", 0, OEM_ID, 2),
+        Pointer("RSDT", 4),
+        struct.pack("<I", 36),
+        Pointer("XSDT", 8),
+        bytes(4),
+        checksums=(Checksum(8, 20), Checksum(32, 36)),
     )
-    table[8] = checksum(table[:20])
-    table[32] = checksum(table)
-    return bytes(table)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
-from pybhyve.amd64.acpi.table import build_table
+from pybhyve.amd64.acpi.table import Pointer, Table, build_table
 
 
-def build_rsdt(tables: Sequence[int]) -> bytes:
-    """32-bit addresses of the tables."""
-    return build_table("RSDT", 1, struct.pack(f"<{len(tables)}I", *tables))
+def build_rsdt(tables: Sequence[str]) -> Table:
+    """32-bit addresses of the tables with these names."""
+    return build_table("RSDT", 1, *(Pointer(name, 4) for name in tables))
 
 
-def build_xsdt(tables: Sequence[int]) -> bytes:
-    """64-bit addresses of the tables."""
-    return build_table("XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables))
+def build_xsdt(tables: Sequence[str]) -> Table:
+    """64-bit addresses of the tables with these names."""
+    return build_table("XSDT", 1, *(Pointer(name, 8) for name in tables))

@@ -5,7 +5,13 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from pybhyve.amd64.acpi.table import ACCESS_BYTE, SPACE_IO, address, build_table
+from pybhyve.amd64.acpi.table import (
+    ACCESS_BYTE,
+    SPACE_IO,
+    Table,
+    address,
+    build_table,
+)
 
 COM1_PORT: Final = 0x3F8
 COM1_IRQ: Final = 4
@@ -18,7 +24,7 @@ VT_UTF8: Final = 2
 NO_PCI_ID: Final = 0xFFFF
 
 
-def build_spcr() -> bytes:
+def build_spcr() -> Table:
     """COM1 at 115200 baud, no parity, one stop bit."""
     body = struct.pack("<B3x", INTERFACE_16550)
     body += address(SPACE_IO, 8, COM1_PORT, ACCESS_BYTE)

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
-from pybhyve.amd64.acpi.table import build_table
+from pybhyve.amd64.acpi.table import Table, build_table
 
 PROCESSOR: Final = struct.Struct("<BBBBIB3sI")  # 5.2.16.1
 MEMORY: Final = struct.Struct("<BBIHQQIIQ")  # 5.2.16.2
@@ -15,7 +15,7 @@ ENABLED: Final = 1
 
 def build_srat(
     domains: Sequence[Collection[int]], memmap: Iterable[tuple[int, int, int, int, int]]
-) -> bytes:
+) -> Table:
     """The vCPUs of each NUMA domain, and the RAM: the segment of a domain's number.
 
     ``memmap`` is the VM's, (gpa, segment, offset, length, prot).
