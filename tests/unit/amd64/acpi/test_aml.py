@@ -161,7 +161,7 @@ def everything() -> bytes:
                     aml.store(call("SHFT", "WORD"), "FLD0")
                 with aml.else_():
                     aml.store(0, "FLD0")
-    return build_table("DSDT", 2, aml.to_bytes())
+    return build_table("DSDT", 2, aml.to_bytes()).at({})
 
 
 def test_iasl_reads_and_recompiles_it_to_the_same(iasl, tmp_path):
@@ -200,7 +200,7 @@ def test_a_part_without_a_place_is_an_error():
 
 
 def test_checksum():
-    table = build_table("TEST", 1, b"abc")
+    table = build_table("TEST", 1, b"abc").at({})
 
     assert checksum(table) == 0
     assert len(table) == 39
