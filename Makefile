@@ -56,9 +56,10 @@ rust-check: $(VENV)/.developed
 man: $(VENV)/.developed ## Rewrite what the manual pages have from declarations
 	@$(BIN)/python -m tools.manpages
 
-bench: $(VENV)/.developed ## Boot times and instructions per second, beside QEMU's TCG
+bench: $(VENV)/.developed ## Boot times and instructions per second, beside QEMU's TCG; exits
 	@$(BIN)/python -m benchmarks.mips
 	@$(BIN)/python -m benchmarks.boot
+	@$(BIN)/python -m benchmarks.exits
 
 fuzz-cpu: ## Random instructions against this processor, for FUZZ_SECONDS
 	@echo "== fuzz-cpu, $(FUZZ_SECONDS) s"

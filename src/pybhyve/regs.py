@@ -24,7 +24,8 @@ writes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Final, Self, TypeVar, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, TypeVar, overload
 
 #: How a register takes a write that no handler claims.
 RW: Final = 0  # stores the writable bits
@@ -42,7 +43,8 @@ class Reg:
     """One register: ``size`` bytes (1, 2, 4 or 8) at ``offset``, value after reset.
 
     ``mask`` are the bits that a plain write changes (RW) or can clear (W1C).  In a
-    :class:`RegBlock` instance the attribute is the stored value, an int.
+    :class:`RegBlock` instance the attribute is the stored value, an int: no data
+    descriptor, so that the instance's own attribute hides it.
     """
 
     __slots__ = ("index", "kind", "mask", "name", "offset", "reset", "size")
@@ -72,10 +74,11 @@ class Reg:
     @overload
     def __get__(self, block: RegBlock, owner: type) -> int: ...
     def __get__(self, block: RegBlock | None, owner: type) -> Self | int:
-        return self if block is None else block.values[self.index]
+        return self if block is None else self.reset
 
-    def __set__(self, block: RegBlock, value: int) -> None:
-        block.values[self.index] = value
+    if TYPE_CHECKING:
+
+        def __set__(self, block: RegBlock, value: int) -> None: ...
 
     def read(self, handler: _Reader) -> _Reader:
         """Mark a method of the chip that computes this register's value."""
@@ -120,22 +123,26 @@ class RegBlock:
                 cls._at[at] = reg
 
     def __init__(self, chip: object) -> None:
-        self.values = [reg.reset for reg in self.REGS]
-        self._readers: list[Callable[[], int] | None] = [None] * len(self.REGS)
-        self._writers: list[Callable[[int], None] | None] = [None] * len(self.REGS)
+        self.reset()
+        self._reads = [self._plain_read(reg) for reg in self.REGS]
+        self._writes = [self._plain_write(reg) for reg in self.REGS]
         for name in dir(type(chip)):
             for reg, slot in getattr(getattr(type(chip), name), _MARK, ()):
                 # A chip may have several blocks, each with handlers in it.
                 if reg in self.REGS:
-                    (self._writers if slot else self._readers)[reg.index] = getattr(
+                    (self._writes if slot else self._reads)[reg.index] = getattr(
                         chip, name
                     )
+        # What nearly all accesses are: one whole register.
+        places = [(reg.offset, reg.size) for reg in self.REGS]
+        self._whole_reads = dict(zip(places, self._reads, strict=True))
+        self._whole_writes = dict(zip(places, self._writes, strict=True))
 
     def read(self, offset: int, size: int) -> int:
         """The value of ``size`` bytes at ``offset``, whatever the guest chose."""
-        reg = self._at[offset] if offset < self.SIZE else None
-        if reg is not None and reg.offset == offset and reg.size == size:
-            return self._read_reg(reg)
+        whole = self._whole_reads.get((offset, size))
+        if whole is not None:
+            return whole()
         value = done = 0
         while done < size:
             at = offset + done
@@ -145,16 +152,16 @@ class RegBlock:
             else:
                 skip = at - reg.offset
                 count = min(reg.size - skip, size - done)
-                part = self._read_reg(reg) >> 8 * skip & (1 << 8 * count) - 1
+                part = self._reads[reg.index]() >> 8 * skip & (1 << 8 * count) - 1
             value |= part << 8 * done
             done += count
         return value
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Store ``size`` bytes of ``value`` at ``offset``, whatever the guest chose."""
-        reg = self._at[offset] if offset < self.SIZE else None
-        if reg is not None and reg.offset == offset and reg.size == size:
-            self._write_reg(reg, value)
+        whole = self._whole_writes.get((offset, size))
+        if whole is not None:
+            whole(value)
             return
         done = 0
         while done < size:
@@ -166,38 +173,47 @@ class RegBlock:
             skip = at - reg.offset
             count = min(reg.size - skip, size - done)
             ones = (1 << 8 * count) - 1
-            whole = (value >> 8 * done & ones) << 8 * skip
+            merged = (value >> 8 * done & ones) << 8 * skip
             if reg.kind == RW:
-                whole |= self.values[reg.index] & ~(ones << 8 * skip)
-            self._write_reg(reg, whole)
+                merged |= getattr(self, reg.name) & ~(ones << 8 * skip)
+            self._writes[reg.index](merged)
             done += count
 
     def reset(self) -> None:
         """Every register to its value after reset."""
-        self.values[:] = [reg.reset for reg in self.REGS]
+        for reg in self.REGS:
+            setattr(self, reg.name, reg.reset)
 
     def save(self) -> dict[str, int]:
         """The stored values by register name."""
-        return {reg.name: self.values[reg.index] for reg in self.REGS}
+        return {reg.name: getattr(self, reg.name) for reg in self.REGS}
 
     def restore(self, state: dict[str, int]) -> None:
         """Take back what :meth:`save` gave; KeyError when a register is missing."""
-        self.values[:] = [state[reg.name] for reg in self.REGS]
+        for name, value in [(reg.name, state[reg.name]) for reg in self.REGS]:
+            setattr(self, name, value)
 
-    def _read_reg(self, reg: Reg) -> int:
-        handler = self._readers[reg.index]
-        if handler is not None:
-            return handler()
-        return 0 if reg.kind == WO else self.values[reg.index]
+    def _plain_read(self, reg: Reg) -> Callable[[], int]:
+        if reg.kind == WO:
+            return lambda: 0
+        return partial(getattr, self, reg.name)
 
-    def _write_reg(self, reg: Reg, value: int) -> None:
-        handler = self._writers[reg.index]
-        if handler is not None:
-            handler(value)
-        elif reg.kind == RW:
-            kept = self.values[reg.index] & ~reg.mask
-            self.values[reg.index] = kept | value & reg.mask
-        elif reg.kind == W1C:
-            self.values[reg.index] &= ~(value & reg.mask)
-        elif reg.kind == WO:
-            self.values[reg.index] = value
+    def _plain_write(self, reg: Reg) -> Callable[[int], None]:
+        name, mask = reg.name, reg.mask
+
+        def store(value: int) -> None:
+            setattr(self, name, getattr(self, name) & ~mask | value & mask)
+
+        def clear(value: int) -> None:
+            setattr(self, name, getattr(self, name) & ~(value & mask))
+
+        def ignore(_value: int) -> None:
+            pass
+
+        writers: dict[int, Callable[[int], None]] = {
+            RW: store,
+            RO: ignore,
+            W1C: clear,
+            WO: partial(setattr, self, name),
+        }
+        return writers[reg.kind]

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
-from typing import Final
+from typing import Final, NamedTuple
 
 from pybhyve.errors import DeviceError
 
@@ -24,6 +24,17 @@ MEM_F_RW: Final = 3
 MEM_F_IMMUTABLE: Final = 4  # never unregistered
 
 ACCESS_MAX: Final = 8  # bytes; a wider access (a vector load) reaches a device in parts
+
+ReadHandler = Callable[[int, int], int]
+WriteHandler = Callable[[int, int, int], None]
+
+
+def _ones(_gpa: int, size: int) -> int:
+    return (1 << 8 * size) - 1
+
+
+def _lost(_gpa: int, _size: int, _value: int) -> None:
+    pass
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -39,14 +50,37 @@ class MemRange:
     name: str
     base: int
     size: int
-    read: Callable[[int, int], int]
-    write: Callable[[int, int, int], None]
+    read: ReadHandler
+    write: WriteHandler
     flags: int = MEM_F_RW
 
     @property
     def end(self) -> int:
         """The first address behind the range."""
         return self.base + self.size
+
+
+class _Hint(NamedTuple):
+    """A range that a vCPU has hit, together with the map it was found in.
+
+    One found before a range went away is never believed afterwards.
+    """
+
+    map: _Map | None
+    base: int
+    end: int
+    read: ReadHandler
+    write: WriteHandler
+
+    @classmethod
+    def to(cls, main: _Map, found: MemRange) -> _Hint:
+        """To a range, its flags applied."""
+        read = found.read if found.flags & MEM_F_READ else _ones
+        write = found.write if found.flags & MEM_F_WRITE else _lost
+        return cls(main, found.base, found.base + found.size, read, write)
+
+
+_NO_HINT: Final = _Hint(None, 0, 0, _ones, _lost)
 
 
 class _Map:
@@ -89,9 +123,7 @@ class MemBus:
         self._lock = Lock()  # of those that register
         self._main = _Map([])
         self._fallback = _Map([])
-        # A hint is a range together with the map it was found in, so that one found
-        # before a range went away is never believed afterwards.
-        self._hints: list[tuple[_Map, MemRange] | None] = [None] * ncpu
+        self._hints = [_NO_HINT] * ncpu
         self.unknown = 0
         """How often the guest used an address that no range has."""
 
@@ -125,69 +157,56 @@ class MemBus:
         """The ranges of the main map, by rising address."""
         return list(self._main.ranges)
 
-    def _find(self, vcpu_id: int, gpa: int) -> MemRange | None:
-        main = self._main
-        hint = self._hints[vcpu_id]
-        if hint is not None and hint[0] is main:
-            last = hint[1]
-            if last.base <= gpa < last.base + last.size:
-                return last
-        found = main.find(gpa)
-        if found is not None:
-            self._hints[vcpu_id] = (main, found)
-            return found
-        return self._fallback.find(gpa)
-
     def read(self, vcpu_id: int, gpa: int, size: int) -> int:
         """The value of a load of ``size`` bytes; all ones where there is no range."""
-        found = self._find(vcpu_id, gpa)
-        if found is not None and self._whole(vcpu_id, found, gpa, size):
-            return self._read_whole(found, gpa, size)
-        value = 0
-        for part, length, where in self._parts(vcpu_id, gpa, size):
-            if where is None:
-                self._unknown("read", part, length)
-                piece = (1 << 8 * length) - 1
-            else:
-                piece = self._read_whole(where, part, length)
-            value |= piece << 8 * (part - gpa)
-        return value
+        main, base, end, read, _write = self._hints[vcpu_id]
+        if main is not self._main or not base <= gpa <= end - size or size > ACCESS_MAX:
+            return self._read_parts(vcpu_id, gpa, size)
+        return read(gpa, size) & (1 << 8 * size) - 1
 
     def write(self, vcpu_id: int, gpa: int, size: int, value: int) -> None:
         """A store of the low ``size`` bytes of ``value``; lost where there is none."""
-        found = self._find(vcpu_id, gpa)
-        if found is not None and self._whole(vcpu_id, found, gpa, size):
-            if found.flags & MEM_F_WRITE:
-                found.write(gpa, size, value)
-            return
-        for part, length, where in self._parts(vcpu_id, gpa, size):
-            if where is None:
+        main, base, end, _read, write = self._hints[vcpu_id]
+        if main is not self._main or not base <= gpa <= end - size or size > ACCESS_MAX:
+            self._write_parts(vcpu_id, gpa, size, value)
+        else:
+            write(gpa, size, value)
+
+    def _read_parts(self, vcpu_id: int, gpa: int, size: int) -> int:
+        value = 0
+        for part, length, hint in self._parts(vcpu_id, gpa, size):
+            if hint is None:
+                self._unknown("read", part, length)
+            read = hint.read if hint is not None else _ones
+            ones = (1 << 8 * length) - 1
+            value |= (read(part, length) & ones) << 8 * (part - gpa)
+        return value
+
+    def _write_parts(self, vcpu_id: int, gpa: int, size: int, value: int) -> None:
+        for part, length, hint in self._parts(vcpu_id, gpa, size):
+            if hint is None:
                 self._unknown("write", part, length)
-            elif where.flags & MEM_F_WRITE:
+            else:
                 piece = value >> 8 * (part - gpa) & ((1 << 8 * length) - 1)
-                where.write(part, length, piece)
+                hint.write(part, length, piece)
 
-    def _whole(self, vcpu_id: int, found: MemRange, gpa: int, size: int) -> bool:
-        """Whether an access reaches the range it begins in undivided."""
-        if size > ACCESS_MAX or gpa + size > found.base + found.size:
-            return False
-        hint = self._hints[vcpu_id]
-        if hint is not None and hint[1] is found:  # of the main map: no other inside
-            return True
-        # A main range may begin inside an access that begins in a fallback range.
-        return self._main.following(gpa) >= gpa + size
-
-    @staticmethod
-    def _read_whole(found: MemRange, gpa: int, size: int) -> int:
-        if found.flags & MEM_F_READ:
-            return found.read(gpa, size) & ((1 << 8 * size) - 1)
-        return (1 << 8 * size) - 1
+    def _find(self, vcpu_id: int, gpa: int) -> _Hint | None:
+        main = self._main
+        found = main.find(gpa)
+        if found is not None:
+            self._hints[vcpu_id] = hint = _Hint.to(main, found)
+            return hint
+        found = self._fallback.find(gpa)
+        return _Hint.to(main, found) if found is not None else None
 
     def _parts(
         self, vcpu_id: int, gpa: int, size: int
-    ) -> list[tuple[int, int, MemRange | None]]:
-        """Cut an access at the borders of ranges, into aligned powers of two."""
-        parts: list[tuple[int, int, MemRange | None]] = []
+    ) -> list[tuple[int, int, _Hint | None]]:
+        """Cut an access at the borders of ranges, into aligned powers of two.
+
+        One that lies in a range and is no wider than ACCESS_MAX stays whole.
+        """
+        parts: list[tuple[int, int, _Hint | None]] = []
         end = gpa + size
         while gpa < end:
             found = self._find(vcpu_id, gpa)
@@ -196,6 +215,8 @@ class MemBus:
                 limit = min(limit, found.end)
             else:
                 limit = min(limit, self._fallback.following(gpa))
+            if not parts and limit == end and size <= ACCESS_MAX:
+                return [(gpa, size, found)]
             length = ACCESS_MAX
             while gpa % length or gpa + length > limit:
                 length //= 2

@@ -29,14 +29,16 @@ def vcpu_loop(machine: Machine, vcpu: Vcpu) -> SuspendHow:
     try:
         while True:
             match vcpu.run():
-                case (Exit.INOUT, port, size, None):
-                    vcpu.complete(inout.read(port, size))
                 case (Exit.INOUT, port, size, value):
-                    inout.write(port, size, value)
-                case (Exit.INST_EMUL, gpa, size, None):
-                    vcpu.complete(mem.read(me, gpa, size))
+                    if value is None:
+                        vcpu.complete(inout.read(port, size))
+                    else:
+                        inout.write(port, size, value)
                 case (Exit.INST_EMUL, gpa, size, value):
-                    mem.write(me, gpa, size, value)
+                    if value is None:
+                        vcpu.complete(mem.read(me, gpa, size))
+                    else:
+                        mem.write(me, gpa, size, value)
                 case (Exit.BOGUS | Exit.DEBUG,):
                     machine.vcpus.rest(vcpu)
                 case (Exit.HLT | Exit.MTRAP | Exit.IOAPIC_EOI, *_):

@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 HIGH_WATER: Final = 64 * 1024
 LOW_WATER: Final = 16 * 1024
 FLUSH_SECONDS: Final = 1.0
+# Output is passed on at most this often.  Each time costs the vCPU that prints the
+# interpreter lock for as long as some ten characters take; nobody sees the delay.
+PACE_SECONDS: Final = 0.005
 
 
 class Port(Protocol):
@@ -60,7 +63,8 @@ class Stream:
     """Bytes between a port and a pair of descriptors, moved by the event loop.
 
     ``out_fd`` must not block.  Many small writes are gathered into few large ones: the
-    first wakes the loop, which then takes all there is.  ``ended`` is called once, on
+    first wakes the loop, which takes all there is, and then what came meanwhile every
+    PACE_SECONDS until there is nothing.  ``ended`` is called once, on
     the loop's thread, when the input is at its end or either side has failed;
     ``filter_input`` may take bytes out of what was read.
     """
@@ -86,6 +90,7 @@ class Stream:
         self._stalled = False  # the port waits for drained()
         self._open = True
         self._writer: Handle | None = None
+        self._pace = loop.add_timer(PACE_SECONDS, self._flush)
         self._reader: Handle | None = loop.add_read(in_fd, self._readable)
 
     def write(self, byte: int) -> bool:
@@ -131,6 +136,7 @@ class Stream:
         if self._writer is not None:
             self._loop.delete(self._writer)
             self._writer = None
+        self._loop.delete(self._pace)
         if stalled:
             self._port.drained()
 
@@ -165,8 +171,11 @@ class Stream:
     def _flush(self) -> None:
         with self._lock:
             data = bytes(self._out)
+            self._flush_due = bool(data)
+        if not data:
+            return
         try:
-            count = os.write(self._out_fd, data) if data else 0
+            count = os.write(self._out_fd, data)
         except BlockingIOError:
             count = 0
         except OSError as error:
@@ -177,15 +186,16 @@ class Stream:
         with self._lock:
             del self._out[:count]
             left = len(self._out)
-            self._flush_due = left > 0
             drained = self._stalled and left <= LOW_WATER
             if drained:
                 self._stalled = False
-        if left and self._writer is None:
+        if not left:
+            if self._writer is not None:
+                self._loop.disable(self._writer)
+            self._loop.enable(self._pace)
+        elif self._writer is None:
             self._writer = self._loop.add_write(self._out_fd, self._flush)
-        elif left and self._writer is not None:
+        else:
             self._loop.enable(self._writer)
-        elif self._writer is not None:
-            self._loop.disable(self._writer)
         if drained:
             self._port.drained()

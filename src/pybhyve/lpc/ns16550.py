@@ -90,7 +90,10 @@ class Line(Protocol):
 
 
 class Ns16550:
-    """The chip; ``irq(level)`` is called whenever its interrupt output changes."""
+    """The chip; ``irq(level)`` is called whenever its interrupt output changes.
+
+    A guest's accesses go to ``regs``.
+    """
 
     def __init__(self, irq: Callable[[bool], None], line: Line) -> None:
         self.regs = Regs(self)
@@ -109,14 +112,6 @@ class Ns16550:
         self._tx_busy = False
         self._modem = CABLE
         self._deltas = 0
-
-    def read(self, offset: int, size: int) -> int:
-        """A guest's read of ``size`` bytes at register ``offset``."""
-        return self.regs.read(offset, size)
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        """A guest's write of ``size`` bytes at register ``offset``."""
-        self.regs.write(offset, size, value)
 
     # -- the line's side -------------------------------------------------------------
 
@@ -166,9 +161,9 @@ class Ns16550:
             return
         if self._tx_busy:
             return  # a guest that does not wait overwrites the byte not yet sent
-        if self._thre_pending:
+        self._thre_pending = False
+        if self._level:
             # The line must fall before it rises, or an edge-triggered input sees none.
-            self._thre_pending = False
             self._update()
         if self.regs.MCR & MCR_LOOP:
             self.receive(bytes((value,)))
@@ -176,7 +171,8 @@ class Ns16550:
             self._tx_busy = True
             return
         self._thre_pending = True
-        self._update()
+        if self.regs.IER & IER_ETBEI:
+            self._update()
 
     @Regs.IER.read
     def _read_ier(self) -> int:

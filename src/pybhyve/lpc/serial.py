@@ -26,12 +26,12 @@ class SerialPort:
     def read(self, offset: int, size: int) -> int:
         """A guest's read at register ``offset``."""
         with self._lock:
-            return self._chip.read(offset, size)
+            return self._chip.regs.read(offset, size)
 
     def write(self, offset: int, size: int, value: int) -> None:
         """A guest's write at register ``offset``."""
         with self._lock:
-            self._chip.write(offset, size, value)
+            self._chip.regs.write(offset, size, value)
 
     def room(self) -> int:
         """How many bytes the receiver can take now."""
