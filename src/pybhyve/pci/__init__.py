@@ -5,7 +5,16 @@ Importing this package registers every device: the list below is the list of the
 
 from __future__ import annotations
 
-from pybhyve.pci import dummy, hostbridge, lpc, uart, virtio_rnd
+from pybhyve.pci import dummy, hostbridge, lpc, uart, virtio_block, virtio_rnd
 from pybhyve.pci.bus import PciHost, init_pci
 
-__all__ = ["PciHost", "dummy", "hostbridge", "init_pci", "lpc", "uart", "virtio_rnd"]
+__all__ = [
+    "PciHost",
+    "dummy",
+    "hostbridge",
+    "init_pci",
+    "lpc",
+    "uart",
+    "virtio_block",
+    "virtio_rnd",
+]

@@ -34,7 +34,6 @@ NOT_AVAILABLE: Final = frozenset(
         "nvme",
         "passthru",
         "virtio-9p",
-        "virtio-blk",
         "virtio-console",
         "virtio-input",
         "virtio-net",

@@ -361,6 +361,15 @@ class VirtQueue:
             ring.last_avail = ring.last_avail - count & 0xFFFF
             ring.taken -= count
 
+    def reject(self, chain: Chain, why: str) -> None:
+        """Stop the queue: the driver should know better than to make such a chain.
+
+        On the thread that took it.
+        """
+        with self._used_lock:
+            chain.ring.returned += 1
+        self._stop(DriverError(why))
+
     def kick_disable(self) -> None:
         """No notifications are needed: the caller looks at the queue by itself."""
         self.kicks = False
