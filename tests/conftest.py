@@ -22,8 +22,18 @@ def iasl() -> Callable[..., str]:
     """Debian's ACPI compiler: ``iasl(directory, *arguments)`` gives its output."""
     from tools import fetch
 
-    program = fetch.package("acpica-tools").file("usr/bin/iasl")
+    return _program(fetch.package("acpica-tools").file("usr/bin/iasl"))
 
+
+@pytest.fixture(scope="session")
+def dmidecode() -> Callable[..., str]:
+    """Debian's reader of SMBIOS: ``dmidecode(directory, *arguments)``, its output."""
+    from tools import fetch
+
+    return _program(fetch.package("dmidecode").file("usr/sbin/dmidecode"))
+
+
+def _program(program: Path) -> Callable[..., str]:
     def run(directory: Path, *arguments: str) -> str:
         done = subprocess.run(
             [program, *arguments],

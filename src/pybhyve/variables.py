@@ -5,7 +5,9 @@ bhyve_config(5).  The variables of a device are declared with the device.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from uuid import UUID
 
 from pybhyve.options import Options, key, numbered, one_of
 
@@ -17,6 +19,15 @@ def _tcp_port(text: str) -> int:
 
 
 _tcp_port.kind = "integer"  # type: ignore[attr-defined]  # read by key()
+
+
+def _uuid(text: str) -> UUID:
+    if re.fullmatch("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", text):
+        return UUID(text)
+    raise ValueError("expected a UUID like 01234567-89ab-cdef-0123-456789abcdef")
+
+
+_uuid.kind = "uuid"  # type: ignore[attr-defined]  # read by key()
 
 
 class VcpuOptions(Options):
@@ -99,7 +110,9 @@ class GlobalOptions(Options):
     rtc_use_localtime: bool = key(
         True, name="rtc.use_localtime", doc="The real time clock has local time."
     )
-    uuid: str | None = key(None, doc="SMBIOS UUID; made from the name if not given.")
+    uuid: UUID | None = key(
+        None, parse=_uuid, doc="SMBIOS UUID; made from the name if not given."
+    )
     virtio_msix: bool = key(True, doc="virtio devices have MSI-X.")
     config_dump: bool = key(
         False, name="config.dump", doc="Print all variables and exit."

@@ -18,6 +18,7 @@ from pybhyve.amd64.pm import PowerManagement
 from pybhyve.amd64.post import Post
 from pybhyve.amd64.qemu_fwcfg import init_fwcfg
 from pybhyve.amd64.rtc import Rtc
+from pybhyve.amd64.smbios import init_smbios
 from pybhyve.pci.bus import PciHost, pci_host
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def late_init(machine: Machine) -> None:
     if machine.options.x86_mptable:
         table = build_mptable(machine.ncpu, pci_host(machine))
         machine.ctx.write(MPTABLE_BASE, table)
+    init_smbios(machine)
     if machine.options.acpi_tables:
         tables = build_acpi(machine)
         add_acpi(machine.fwcfg, tables)
