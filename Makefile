@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 RUST_SOURCES := $(shell find rust -path rust/target -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint rust-check man bench fuzz-cpu fuzz-guest clean
+.PHONY: help setup run test check lint rust-check man firmware bench fuzz-cpu fuzz-guest clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -34,7 +34,7 @@ run: setup ## Boot a Debian kernel to a shell on this terminal
 	@$(BIN)/python -m tools.boot --cpus $(CPUS) --memory $(MEMORY) $(GUEST) \
 		|| { status=$$?; [ $$status -le 3 ] || exit $$status; }
 
-test: check ## Everything: check, differential tests, unit tests, real guests
+test: check firmware ## Everything: check, differential tests, unit tests, real guests
 	@$(MAKE) --no-print-directory fuzz-guest FUZZ_SECONDS=20
 	@echo "== pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -55,6 +55,9 @@ rust-check: $(VENV)/.developed
 
 man: $(VENV)/.developed ## Rewrite what the manual pages have from declarations
 	@$(BIN)/python -m tools.manpages
+
+firmware: $(VENV)/bin/python ## Build UEFI firmware for bhyve, fetch OVMF and SeaBIOS
+	@$(BIN)/python -m tools.firmware
 
 bench: $(VENV)/.developed ## Boot times and instructions per second, beside QEMU's TCG; exits
 	@$(BIN)/python -m benchmarks.mips

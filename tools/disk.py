@@ -222,31 +222,13 @@ def _resolve(packages: Sequence[str]) -> tuple[list[str], str]:
             text=True,
             check=False,
         )
-        if done.returncode == 0 and _sources(options):
+        if done.returncode == 0 and fetch.sources(options, release=RELEASE):
             installed = re.findall(r"^Inst (\S+ \(\S+)", done.stdout, re.MULTILINE)
             return options, "\n".join(sorted(installed))
     reason = re.search(r"^E: .*", done.stderr, re.MULTILINE)
     raise DiskError(
         reason[0] if reason else f"apt has no sources of Debian's {RELEASE}"
     )
-
-
-def _sources(options: Sequence[str]) -> list[str]:
-    """Debian's own among the system's apt sources, as sources.list has them."""
-    fields = "$(REPO_URI)\t$(RELEASE)\t$(COMPONENT)\t$(SIGNED_BY)"
-    targets = _run(
-        [
-            *("apt-get", *options, "indextargets", f"--format={fields}"),
-            *("Created-By: Packages", "Origin: Debian"),
-        ]
-    )
-    found = []
-    for target in targets.splitlines():
-        uri, release, component, signed_by = target.split("\t")
-        if release.startswith(RELEASE):
-            option = f"[signed-by={signed_by}] " if signed_by.startswith("/") else ""
-            found.append(f"deb {option}{uri} {release} {component}")
-    return sorted(set(found))
 
 
 def _build(disk: Path, packages: Sequence[str], options: Sequence[str]) -> None:
@@ -296,7 +278,7 @@ def _bootstrap(scratch: Path, packages: Sequence[str], options: Sequence[str]) -
             f"--customize-hook=upload {scratch / 'finish'} /finish",
             '--customize-hook=chroot "$1" sh /finish && rm "$1/finish"',
             *(RELEASE, str(scratch / "root.tar")),
-            *_sources(options),
+            *fetch.sources(options, release=RELEASE),
         ]
     )
 

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -149,8 +150,69 @@ def system_lists() -> list[str]:
 
 def own_lists() -> list[str]:
     """Options that make apt use fresh package lists kept in our cache."""
-    apt = cache_dir() / "apt"
+    return _fresh_lists(cache_dir() / "apt", [])
+
+
+def sources(options: Sequence[str], kind: str = "deb", release: str = "") -> list[str]:
+    """Debian's own among the system's apt sources, as sources.list has them.
+
+    ``kind`` is what they become: deb or deb-src; of another release than one whose
+    name begins with ``release`` there are none.
+    """
+    fields = "$(REPO_URI)\t$(RELEASE)\t$(COMPONENT)\t$(SIGNED_BY)"
+    targets = subprocess.run(
+        [
+            *("apt-get", *options, "indextargets", f"--format={fields}"),
+            *("Created-By: Packages", "Origin: Debian"),
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = set()
+    for target in targets.stdout.splitlines():
+        uri, name, component, signed_by = target.split("\t")
+        if name.startswith(release):
+            option = f"[signed-by={signed_by}] " if signed_by.startswith("/") else ""
+            found.add(f"{kind} {option}{uri} {name} {component}")
+    return sorted(found)
+
+
+def source(name: str, directory: Path) -> Path:
+    """Fetch a source package's files into ``directory``; its description (.dsc).
+
+    Apt has checked them against its signed lists.  Raises FetchError.
+    """
+    found = sources(system_lists(), "deb-src") or sources(own_lists(), "deb-src")
+    if not found:
+        raise FetchError(f"{name}: apt has no sources of Debian's")
+    apt = cache_dir() / "apt-src"
+    apt.mkdir(exist_ok=True)
+    (apt / "sources.list").write_text("\n".join(found) + "\n")
+    private = [
+        f"-oDir::Etc::sourcelist={apt / 'sources.list'}",
+        "-oDir::Etc::sourceparts=-",
+    ]
+    done = subprocess.run(
+        [
+            *("apt-get", "-q", *_fresh_lists(apt, private)),
+            *("source", "--download-only", "--only-source", name),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+        cwd=directory,
+        check=False,
+    )
+    descriptions = list(directory.glob(f"{name}_*.dsc"))
+    if done.returncode != 0 or len(descriptions) != 1:
+        raise FetchError(f"apt-get could not fetch the source of {name}")
+    return descriptions[0]
+
+
+def _fresh_lists(apt: Path, options: Sequence[str]) -> list[str]:
     options = [
+        *options,
         f"-oDir::State::lists={apt / 'lists'}",
         f"-oDir::Cache={apt / 'cache'}",
         # Root's cache directory is closed to the user that apt would fetch as.
