@@ -5,7 +5,15 @@ Importing this package registers every device: the list below is the list of the
 
 from __future__ import annotations
 
-from pybhyve.pci import dummy, hostbridge, lpc, uart, virtio_block, virtio_rnd
+from pybhyve.pci import (
+    dummy,
+    hostbridge,
+    lpc,
+    uart,
+    virtio_block,
+    virtio_net,
+    virtio_rnd,
+)
 from pybhyve.pci.bus import PciHost, init_pci
 
 __all__ = [
@@ -16,5 +24,6 @@ __all__ = [
     "lpc",
     "uart",
     "virtio_block",
+    "virtio_net",
     "virtio_rnd",
 ]

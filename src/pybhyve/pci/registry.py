@@ -36,7 +36,6 @@ NOT_AVAILABLE: Final = frozenset(
         "virtio-9p",
         "virtio-console",
         "virtio-input",
-        "virtio-net",
         "virtio-scsi",
         "xhci",
     }
