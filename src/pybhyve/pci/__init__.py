@@ -6,6 +6,7 @@ Importing this package registers every device: the list below is the list of the
 from __future__ import annotations
 
 from pybhyve.pci import (
+    ahci,
     dummy,
     hostbridge,
     lpc,
@@ -18,6 +19,7 @@ from pybhyve.pci.bus import PciHost, init_pci
 
 __all__ = [
     "PciHost",
+    "ahci",
     "dummy",
     "hostbridge",
     "init_pci",

@@ -25,9 +25,6 @@ LegacyConfig = Callable[["Node", str], None]
 # In bhyve's manual and not written yet.
 NOT_AVAILABLE: Final = frozenset(
     {
-        "ahci",
-        "ahci-cd",
-        "ahci-hd",
         "e1000",
         "fbuf",
         "hda",

@@ -244,8 +244,8 @@ def test_slots_that_cannot_be(build, slots, message):
 
 
 def test_known_but_not_written(build):
-    with pytest.raises(NotAvailableError, match="ahci-hd"):
-        build("3,ahci-hd")
+    with pytest.raises(NotAvailableError, match="passthru"):
+        build("3,passthru")
 
 
 def test_names_are_bhyves():
