@@ -99,7 +99,9 @@ class PowerManagement(Device):
 
     def start(self) -> None:
         """SIGTERM is the power button from now on."""
-        self._sigterm = self._machine.mevent.add_signal(signal.SIGTERM, self._terminate)
+        # When all devices have started: a console on the terminal takes the signal to
+        # put the terminal back, which is to happen when we let go of it.
+        self._machine.mevent.call_soon_threadsafe(self._take_sigterm)
 
     def pause(self) -> None:
         """Have the power button wait."""
@@ -142,6 +144,9 @@ class PowerManagement(Device):
         with self._lock:
             self.regs.GPE0_STS |= bits
             self._update_sci()
+
+    def _take_sigterm(self) -> None:
+        self._sigterm = self._machine.mevent.add_signal(signal.SIGTERM, self._terminate)
 
     def _terminate(self) -> None:
         if not self.power_button() and self._sigterm is not None:

@@ -147,23 +147,29 @@ def test_reset_register(rig, value, ended):
     assert rig.read(0xCF9, 1) == value
 
 
+def dispatch(machine) -> None:
+    machine.mevent.add_timer(0.02, machine.mevent.stop)
+    machine.mevent.run()
+
+
 def test_sigterm_is_the_power_button_once_acpi_is_enabled(rig):
     killed = []
-    before = signal.signal(signal.SIGTERM, lambda *_: killed.append(1))
+    before = signal.getsignal(signal.SIGTERM)
     try:
         rig.pm.start()
+        # As a console on the terminal does, whose start comes later.
+        signal.signal(signal.SIGTERM, lambda *_: killed.append(1))
+        dispatch(rig.machine)
         rig.enable_acpi()
         os.kill(os.getpid(), signal.SIGTERM)
-        rig.machine.mevent.add_timer(0.02, rig.machine.mevent.stop)
-        rig.machine.mevent.run()
+        dispatch(rig.machine)
 
         assert rig.read(0x400, 2) == 0x0100
         assert killed == []
 
         rig.write(0xB2, 1, 0xA1)
         os.kill(os.getpid(), signal.SIGTERM)
-        rig.machine.mevent.add_timer(0.02, rig.machine.mevent.stop)
-        rig.machine.mevent.run()
+        dispatch(rig.machine)
 
         assert killed == [1]
     finally:
