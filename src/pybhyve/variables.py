@@ -207,6 +207,9 @@ class GlobalOptions(Options):
     lpc_pc_testdev: bool = key(
         False, name="lpc.pc-testdev", doc="kvm-unit-tests' device."
     )
+    lpc_pvpanic: bool = key(
+        False, name="lpc.pvpanic", doc="A guest whose kernel crashes ends, status 2."
+    )
     lpc_pcireg_vendor: str = key("0x8086", name="lpc.pcireg.vendor", doc="PCI id.")
     lpc_pcireg_device: str = key("0x7000", name="lpc.pcireg.device", doc="PCI id.")
     lpc_pcireg_revid: str = key("0", name="lpc.pcireg.revid", doc="PCI id.")

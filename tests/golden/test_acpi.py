@@ -54,6 +54,9 @@ MACHINES = {
     "fwcfg": Spec(("0.0.0=hostbridge", "0.3.0=uart", "0.31.0=lpc"), variables=FWCFG),
     # The same where other buses are in between, and RAM up to 3 GiB.
     "fwcfg-busy": Spec(BUSY, memory=(3 * GIB,), variables=FWCFG | NO_MPTABLE),
+    "pvpanic": Spec(
+        ("0.0.0=hostbridge", "0.31.0=lpc"), variables={"lpc.pvpanic": "true"}
+    ),
     "numa": Spec(
         ("0.0.0=hostbridge", "0.31.0=lpc"),
         4,

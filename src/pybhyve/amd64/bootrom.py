@@ -124,9 +124,11 @@ def _check_aggregate_size(size: int) -> None:
         )
 
 
-def init_bootrom(machine: Machine, firmware: Firmware) -> None:
-    """Map the ROM, and add the flash if there are variables."""
+def init_bootrom(machine: Machine, firmware: Firmware | None) -> None:
+    """Make the segment; map the ROM, and add the flash if there are variables."""
     machine.vm.create_memseg(VM_BOOTROM, "bootrom", BOOTROM_SIZE)
+    if firmware is None:
+        return
     size = len(firmware.rom)
     base = BOOTROM_END - size
     machine.vm.mmap_memseg(base, VM_BOOTROM, BOOTROM_SIZE - size, size, ROM_PROT)

@@ -19,6 +19,7 @@ from pybhyve.amd64.post import Post
 from pybhyve.amd64.qemu_fwcfg import init_fwcfg
 from pybhyve.amd64.rtc import Rtc
 from pybhyve.amd64.smbios import init_smbios
+from pybhyve.amd64.vmgenc import Vmgenc
 from pybhyve.pci.bus import PciHost, pci_host
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ def init_platform(machine: Machine) -> None:
     pm = PowerManagement(machine)
     pm.attach()
     machine.add_device("pm", pm)
-    if machine.firmware is not None:
-        init_bootrom(machine, machine.firmware)
+    init_bootrom(machine, machine.firmware)
+    if machine.options.acpi_tables:
+        machine.add_device("vmgenc", Vmgenc(machine))
     host = PciHost(machine, router)
     host.attach()
     machine.add_device("pci", host)

@@ -27,6 +27,7 @@ from pybhyve.amd64.pci_irq import PERMITTED_IRQS, PIRQ_DIS, PIRQ_IRQ, PIRQS
 from pybhyve.errors import DeviceError, NotAvailableError
 from pybhyve.lpc.com import COM_PORTS, ComPort
 from pybhyve.lpc.pctestdev import PcTestdev
+from pybhyve.lpc.pvpanic import Pvpanic
 from pybhyve.options import Options
 from pybhyve.pci.emul import PciAddress, PciDevice
 from pybhyve.pci.hostbridge import parse_id
@@ -73,6 +74,8 @@ class PciLpc(PciDevice[Options]):
             machine.add_device(spec.name, ComPort(machine, spec, path))
         if machine.options.lpc_pc_testdev:
             machine.add_device("pc-testdev", PcTestdev(machine))
+        if machine.options.lpc_pvpanic:
+            machine.add_device("pvpanic", Pvpanic(machine))
 
     def config_read(self, offset: int, size: int) -> int:
         """The routing registers are the router's."""

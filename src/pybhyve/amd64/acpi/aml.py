@@ -40,6 +40,7 @@ _DECREMENT_OP: Final = b"\x76"
 _SHIFT_LEFT_OP: Final = b"\x79"
 _AND_OP: Final = b"\x7b"
 _FIND_SET_RIGHT_BIT_OP: Final = b"\x82"
+_NOTIFY_OP: Final = b"\x86"
 _CREATE_WORD_FIELD_OP: Final = b"\x8b"
 _LNOT_OP: Final = b"\x92"
 _LLESS_OP: Final = b"\x95"
@@ -247,6 +248,10 @@ class Aml:
     def decrement(self, target: Term) -> None:
         """``target--``."""
         self.emit(_DECREMENT_OP + term(target))
+
+    def notify(self, device: str, value: Term) -> None:
+        """``Notify (device, value)``."""
+        self.emit(_NOTIFY_OP + name_path(device) + term(value))
 
     def return_(self, value: Term) -> None:
         """``Return (value)``."""
