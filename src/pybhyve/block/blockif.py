@@ -9,7 +9,6 @@ from typing import Final
 from pybhyve.block.backing import Backing
 from pybhyve.block.options import BlockOptions
 from pybhyve.block.pool import NUMTHR, BlockReq, Done, Pool
-from pybhyve.errors import DeviceError
 from pybhyve.mevent import EventLoop
 from pybhyve.vmmapi import Iov
 
@@ -35,17 +34,14 @@ class BlockIf:
 
     deviation: bhyve holds a request back that begins where another ends.
 
-    Raises DeviceError as `Backing` does, with ``ident``, the device's name, before it.
+    ``ident`` names the threads and log lines.  Raises DeviceError as `Backing` does.
     """
 
     def __init__(self, options: BlockOptions, ident: str, mevent: EventLoop) -> None:
         self.ident = ident
         self.queuesz: Final = MAXREQ
-        try:
-            self._backing = Backing(options)
-            self.size = self._backing.size()
-        except DeviceError as error:
-            raise DeviceError(ident) from error
+        self._backing = Backing(options)
+        self.size = self._backing.size()
         self.sectsz, self.psectsz = self._backing.sectors
         self.psectoff = self._backing.psectoff
         self.ro = self._backing.ro

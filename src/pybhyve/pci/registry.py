@@ -28,7 +28,6 @@ NOT_AVAILABLE: Final = frozenset(
         "e1000",
         "fbuf",
         "hda",
-        "nvme",
         "passthru",
         "virtio-9p",
         "virtio-console",

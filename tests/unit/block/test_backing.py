@@ -75,14 +75,14 @@ def test_no_path(mevent):
     with pytest.raises(DeviceError) as caught:
         BlockIf(BlockOptions(), "nvme 0:4:0", mevent)
 
-    assert one_line(caught.value) == 'nvme 0:4:0: Missing "path" for block device.'
+    assert one_line(caught.value) == 'Missing "path" for block device.'
 
 
 def test_no_file(open_image, tmp_path):
     path = tmp_path / "none"
 
     assert refusal(open_image, path) == (
-        f"test: Could not open backing file: {path}: No such file or directory"
+        f"Could not open backing file: {path}: No such file or directory"
     )
 
 
@@ -97,7 +97,7 @@ def test_what_is_no_disk(open_image, tmp_path, kind):
         path = Path("/dev/zero")
 
     assert refusal(open_image, path) == (
-        f"test: {path}: neither a regular file nor a block device"
+        f"{path}: neither a regular file nor a block device"
     )
 
 
@@ -109,15 +109,15 @@ IN_USE = "in use by another virtual machine or device"
 def test_a_writer_excludes_everybody(open_image, image):
     open_image()
 
-    assert refusal(open_image) == f"test: {image}: {IN_USE}"
-    assert refusal(open_image, ro=True) == f"test: {image}: {IN_USE}"
+    assert refusal(open_image) == f"{image}: {IN_USE}"
+    assert refusal(open_image, ro=True) == f"{image}: {IN_USE}"
 
 
 def test_readers_exclude_writers_only(open_image, image):
     first = open_image(ro=True)
     second = open_image(ro=True)
 
-    assert refusal(open_image) == f"test: {image}: {IN_USE}"
+    assert refusal(open_image) == f"{image}: {IN_USE}"
     first.close()
     second.close()
     open_image()
@@ -204,7 +204,7 @@ def test_sectors_that_a_block_device_does_not_have(open_image, loop):
     subprocess.run(["losetup", "--sector-size", "4096", loop], check=True)
 
     assert refusal(open_image, loop, sectorsize=SectorSize(512, 4096)) == (
-        "test: Sector size 512 incompatible with underlying device sector size 4096"
+        "Sector size 512 incompatible with underlying device sector size 4096"
     )
     blk = open_image(loop, nocache=True)
     assert blk.sectsz == 4096
