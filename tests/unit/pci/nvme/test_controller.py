@@ -38,7 +38,6 @@ from tests.guestside.nvme import (
     VECTOR,
     VS,
     WRITE,
-    NvmeDriver,
 )
 from tests.unit.pci.nvme.conftest import SIZE, SLOT
 
