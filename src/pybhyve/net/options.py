@@ -55,6 +55,9 @@ class NetOptions(Options):
         doc="Address of the device; made from its place and the machine's name "
         "if not given.",
     )
+    rom: str | None = key(
+        None, doc="File with an option ROM, which firmware runs to boot from the net."
+    )
     bridge: str | None = key(
         None, doc="With a tap: the bridge of the host to put it into."
     )

@@ -15,7 +15,7 @@ from pybhyve.amd64.mem import MemRange
 from pybhyve.amd64.pci_irq import IntxRoute
 from pybhyve.device import Device
 from pybhyve.errors import DeviceError
-from pybhyve.options import Options, key
+from pybhyve.options import Options
 from pybhyve.pci.msix import MsixTable
 from pybhyve.pci.pcireg import (
     BAR_MAX,
@@ -396,11 +396,14 @@ class PciDevice(Device, Generic[OptionsT]):
         self._config.put(PCIR_COMMAND, 2, command)
         return bar
 
-    def add_rom(self, path: str) -> None:
+    def add_rom(self, path: str | None) -> None:
         """An expansion ROM with the contents of a file (6.3), for firmware to run.
 
-        DeviceError: the file cannot be read, or is no ROM.
+        None: the function has no ROM.  DeviceError: the file cannot be read, or holds
+        none.
         """
+        if path is None:
+            return
         image = read_rom(path)
         size = max(PAGE_SIZE, 1 << (len(image) - 1).bit_length())
         memory = self.host.alloc_rom(image, size)
@@ -697,14 +700,6 @@ class PciDevice(Device, Generic[OptionsT]):
             self._intx_level, self._intx_driven = state["intx"]
         self._update_bars()
         self.restore_device(state["device"])
-
-
-class RomOptions(Options):
-    """For a device that may have an expansion ROM."""
-
-    rom: str | None = key(
-        None, doc="File with an option ROM, for firmware to run (its BAR is the ROM's)."
-    )
 
 
 def read_rom(path: str) -> bytes:

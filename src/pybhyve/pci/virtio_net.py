@@ -167,6 +167,7 @@ class PciVirtioNet(VirtioPci[VirtioNetOptions]):
             subvendor=VIRTIO_VENDOR,
             subdevice=VIRTIO_ID_NETWORK,
         )
+        self.add_rom(options.rom)
         if options.mtu is not None:
             self.offered |= VIRTIO_NET_F_MTU
         self._mtu = options.mtu or MTU_DEFAULT
