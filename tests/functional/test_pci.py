@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from tests.functional.machine import BOOT_TIMEOUT, Machine, Starter
-from tools import guests
+from tools import fetch, guests
 
 IDS = {
     "hostbridge": (0x1275, 0x1275, 0x060000),
@@ -17,14 +19,16 @@ IDS = {
     "dummy": (0x10DD, 0x0001, 0x020000),
     "uart": (0x131F, 0x2000, 0x070002),
     "virtio-rnd": (0x1AF4, 0x1005, 0x100000),
+    "virtio-net": (0x1AF4, 0x1000, 0x020000),
 }
+ROM = (0, 7, 0)  # the function with an option ROM
 # All slots of bus 0, all functions of one slot, and two buses more.
 PLACES = {
     (0, 0, 0): "hostbridge",
     **{(0, slot, 0): "dummy" for slot in range(1, 31) if slot not in (5, 6, 7)},
     **{(0, 5, func): "dummy" if func & 1 else "virtio-rnd" for func in range(8)},
     (0, 6, 0): "uart",
-    (0, 7, 0): "virtio-rnd",
+    ROM: "virtio-net",
     (0, 31, 0): "lpc",
     (1, 0, 0): "dummy",
     (1, 3, 1): "virtio-rnd",
@@ -49,6 +53,11 @@ class Function(NamedTuple):
     irq: int
 
 
+def option_rom() -> Path:
+    """iPXE, as Debian has it for QEMU's virtio-net."""
+    return fetch.package("ipxe-qemu").file("usr/lib/ipxe/qemu/efi-virtio.rom")
+
+
 @pytest.fixture(scope="module")
 def machine(start_for_module: Starter) -> Machine:
     """At its prompt, with everything in PLACES."""
@@ -61,6 +70,7 @@ def machine(start_for_module: Starter) -> Machine:
     for (bus, slot, func), device in PLACES.items():
         if device not in ("hostbridge", "lpc"):
             image += ["-s", f"{bus}:{slot}:{func},{device}"]
+    image += ["-o", f"pci.0.7.0.rom={option_rom()}"]
     machine = start_for_module("pci", image, guest=guest, ncpus=2)
     machine.console.expect(re.escape(guest.prompt), BOOT_TIMEOUT)
     machine.console.run("echo 1 > /proc/sys/kernel/printk")
@@ -182,6 +192,25 @@ def test_ecam_is_what_the_ports_show(machine: Machine, found) -> None:
         "/sys/bus/pci/devices/0000:00:00.0/config; echo"
     )
     assert text == "00000000\n"
+
+
+def test_option_rom(machine: Machine, found) -> None:
+    """Placed by the kernel, switched on, and read to its end."""
+    console = machine.console
+    image = option_rom().read_bytes()
+    bus, slot, func = ROM
+    file = f"/sys/bus/pci/devices/0000:{bus:02x}:{slot:02x}.{func}/rom"
+
+    assert found[ROM].config[0x30] & 1 == 0
+
+    console.run(f"echo 1 > {file}")
+    console.run(f"cat {file} > /tmp/rom")
+    size = int(console.run("stat -c %s /tmp/rom"))
+    digest = console.run(f"head -c {len(image)} /tmp/rom | sha256sum").split()[0]
+
+    # The kernel reads as far as the ROM's own headers say.
+    assert 0 < size <= len(image)
+    assert digest == hashlib.sha256(image[:size]).hexdigest()
 
 
 def test_removed_and_found_again_with_bars_of_the_kernels_choice(
