@@ -344,7 +344,8 @@ class PciNvme(PciDevice[NvmeOptions]):
                 self._bad_doorbell(AE_ERROR_INVALID_VALUE)
             else:
                 cq.head = value
-                self._update_level()
+                if self._level:
+                    self._update_level()
         else:
             sq = self.sqs.get(qid)
             if sq is None:
@@ -371,7 +372,10 @@ class PciNvme(PciDevice[NvmeOptions]):
             return
         self._fetching = True
         left = BURST
-        while left and not self._paused and (sq := self._next_queue()) is not None:
+        while left and self._unfetched and not self._paused:
+            sq = self._next_queue()
+            if sq is None:
+                break
             left -= 1
             try:
                 cmd = sq.fetch(self._vm)
@@ -519,11 +523,14 @@ class PciNvme(PciDevice[NvmeOptions]):
     # -- interrupts (7.5) ------------------------------------------------------------
 
     def _interrupt(self) -> None:
+        if not self._vectors:
+            return
         if self.msix_enabled():
             for vector in self._vectors:
                 self.generate_msix(vector)
+        else:
+            self._update_level()
         self._vectors.clear()
-        self._update_level()
 
     def _update_level(self) -> None:
         level = not self._masked & 1 and any(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pybhyve.pci.nvme.spec import CQE, CQE_SIZE, SQE, SQE_SIZE
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Step = tuple[Callable[..., Any], tuple[Any, ...]]
 """A request to the disk: a method of `BlockIf` and its arguments but ``done``."""
+
+_NO_STEPS: Final[Iterator[Step]] = iter(())
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +111,7 @@ class Command:
     prp1: int
     prp2: int
     cdws: list[int]
-    steps: Iterator[Step] = field(default_factory=lambda: iter(()))
+    steps: Iterator[Step] = _NO_STEPS
     """What it asks of the disk, one after the other."""
     failed: int = 0
     """The status it ends with if the host's disk does not do it."""
