@@ -68,17 +68,19 @@ class Image:
 
     rom: Path
     vars: Path | None = None
+    fwcfg: str = "bhyve"
 
     def option(self, variables: Path | None = None) -> str:
         """The argument of ``-l``; the variables are made where there are none yet.
 
         Without ``variables`` the guest has none.
         """
-        if variables is None or self.vars is None:
-            return f"bootrom,{self.rom}"
-        if not variables.exists():
-            shutil.copyfile(self.vars, variables)
-        return f"bootrom,{self.rom},{variables}"
+        words = ["bootrom", str(self.rom)]
+        if variables is not None and self.vars is not None:
+            if not variables.exists():
+                shutil.copyfile(self.vars, variables)
+            words.append(str(variables))
+        return ",".join([*words, f"fwcfg={self.fwcfg}"])
 
 
 def bhyve() -> Image:
@@ -101,12 +103,14 @@ def ovmf() -> Image:
     return Image(
         package.file("usr/share/OVMF/OVMF_CODE_4M.fd"),
         package.file("usr/share/OVMF/OVMF_VARS_4M.fd"),
+        fwcfg="qemu",
     )
 
 
 def seabios() -> Image:
     """Debian's SeaBIOS for QEMU; FetchError where it cannot be had."""
-    return Image(fetch.package("seabios").file("usr/share/seabios/bios-256k.bin"))
+    rom = fetch.package("seabios").file("usr/share/seabios/bios-256k.bin")
+    return Image(rom, fwcfg="qemu")
 
 
 FIRMWARE: Final = {

@@ -128,6 +128,13 @@ def compile_kernel(name: str, **defines: int) -> Path:
     )
 
 
+def compile_boot_disk(name: str) -> Path:
+    """A disk image that a BIOS boots, of tests/guests/src."""
+    layout = "-Wl,-Ttext=0x7c00,--oformat=binary,--build-id=none"
+    flags = ["-m32", "-nostdlib", "-static", "-no-pie", layout]
+    return _compile(GUESTS_DIR / "src" / f"{name}.S", BUILD_DIR / f"{name}.img", flags)
+
+
 def _compile(
     source: Path, target: Path, flags: Iterable[str], libraries: Iterable[str] = ()
 ) -> Path:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.functional.efishell import EfiShell
 from tests.functional.machine import Programs, Starter
-from tools import firmware
+from tools import firmware, guests
 
 TIMEOUT = 120  # seconds to the shell, on a busy machine
 
@@ -170,3 +170,26 @@ def test_wrong_sizes(
     (line,) = refused.stderr.splitlines()
     assert line.startswith("bhyve: " + message.format(rom=rom, vars=variables))
     assert programs.run("bhyvectl", "--vm=efi-size", "--destroy").returncode != 0
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "ahci-hd"])
+def test_a_bios_boots_a_disk(start: Starter, tmp_path: Path, bus: str) -> None:
+    disk = shutil.copyfile(guests.compile_boot_disk("bootsector"), tmp_path / "disk")
+    with disk.open("r+b") as file:
+        file.truncate(8 << 20)  # less has no cylinder
+    image = [*bootrom(firmware.seabios()), "-s", f"3,{bus},{disk}"]
+    console = start("bios", image).console
+    console.expect("SeaBIOS", TIMEOUT)
+    console.expect("Booting from Hard Disk", 60)
+    console.expect("first sector", 30)
+    # SeaBIOS's serial screen is behind what is on it.
+    console.expect("second", 30)
+
+    assert console.wait(30) == 1
+
+
+def test_a_bios_without_fw_cfg_is_told(start: Starter) -> None:
+    rom = firmware.seabios().rom
+    console = start("bios-alone", ["-l", f"bootrom,{rom}"]).console
+
+    console.expect("a BIOS needs fw_cfg: add fwcfg=qemu to -l bootrom,FILE", 30)

@@ -132,16 +132,16 @@ def build_smbios(machine: Machine, address: int) -> tuple[bytes, bytes]:
     return _entry_point(structures, address), structures.data
 
 
-def init_smbios(machine: Machine) -> None:
-    """Put the tables into memory and into fw_cfg.
+def init_smbios(machine: Machine) -> bytes:
+    """Put the tables into fw_cfg; what is to be at SMBIOS_BASE in memory.
 
     BhyveError: they do not fit.
     """
     address = SMBIOS_BASE + ENTRY_POINT.size
     entry_point, structures = build_smbios(machine, address)
-    machine.ctx.write(SMBIOS_BASE, entry_point + structures)
     machine.fwcfg.add_file(ANCHOR_FILE, entry_point)
     machine.fwcfg.add_file(TABLES_FILE, structures)
+    return entry_point + structures
 
 
 def _entry_point(structures: Structures, address: int) -> bytes:

@@ -44,6 +44,10 @@ class ComPort(Device):
         backend = open_backend(path, machine.mevent, machine.request_poweroff)
         self._port = SerialPort(self._irq, backend)
         machine.inout.register(spec.name, spec.base, PORTS, self._read, self._write)
+        if spec is COM_PORTS[0] and path is not None:
+            # For SeaBIOS, as long as there is no display: "screen" and keyboard.
+            port = spec.base.to_bytes(8, "little")
+            machine.fwcfg.add_file("etc/sercon-port", port)
 
     def _irq(self, level: bool) -> None:
         if level:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NamedTuple, TypeVar
 
+from pybhyve.amd64.inout import PORTS
 from pybhyve.amd64.mem import MemRange
 from pybhyve.amd64.pci_irq import IntxRoute
 from pybhyve.device import Device
@@ -384,7 +385,9 @@ class PciDevice(Device, Generic[OptionsT]):
             mask = -size & PCIM_BIOS_ADDR | PCIM_BIOS_ENABLE
             self.set_config(at, 4, 0, mask)
         elif kind == BAR_IO:
-            mask = -size & 0xFFFF & PCIM_BAR_IO_BASE
+            # deviation: bhyve's upper half is zero, which 6.2.5.1 allows and
+            # SeaBIOS takes for the size of the BAR.
+            mask = -size & PCIM_BAR_IO_BASE
             self.set_config(at, 4, PCIM_BAR_IO_SPACE, mask)
             command |= PCIM_CMD_PORTEN
         else:
@@ -558,7 +561,8 @@ class PciDevice(Device, Generic[OptionsT]):
         at = bar.reg
         low = self._config.get(at, 4)
         if bar.kind == BAR_IO:
-            return low & PCIM_BAR_IO_BASE & 0xFFFF
+            addr = low & PCIM_BAR_IO_BASE
+            return addr if addr < PORTS else 0
         if bar.kind == BAR_ROM:
             return low & PCIM_BIOS_ADDR if low & PCIM_BIOS_ENABLE else 0
         low &= PCIM_BAR_MEM_BASE

@@ -92,7 +92,7 @@ def test_bar_sizes_and_types(rig):
         rig.set(reg, 4, before)
 
     assert sizes == [
-        0x0000FFE1,
+        0xFFFFFFE1,
         0xF000000C,
         0xFFFFFFFF,
         0xFFFF0004,

@@ -55,9 +55,9 @@ def test_variables_are_made_once(tmp_path):
     image = firmware.Image(Path("rom"), template)
     variables = tmp_path / "VARS.fd"
 
-    assert image.option(variables) == f"bootrom,rom,{variables}"
+    assert image.option(variables) == f"bootrom,rom,{variables},fwcfg=bhyve"
     variables.write_bytes(b"used")
 
-    assert image.option(variables) == f"bootrom,rom,{variables}"
+    assert image.option(variables) == f"bootrom,rom,{variables},fwcfg=bhyve"
     assert variables.read_bytes() == b"used"
-    assert image.option() == "bootrom,rom"
+    assert image.option() == "bootrom,rom,fwcfg=bhyve"
