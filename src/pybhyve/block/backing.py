@@ -186,16 +186,20 @@ class Backing:
             return int.from_bytes(answer, "little")
         return os.fstat(self._fd).st_size
 
-    def read_now(self, iov: Iov, offset: int) -> bool:
-        """Read if that needs no waiting; False: nothing, or a part, was read."""
-        if not self._cached or len(iov) > IOV_MAX:
+    def read_now(self, iov: Iov, offset: int, most: int) -> bool:
+        """Read up to ``most`` bytes if that needs no waiting.
+
+        False: it does, or there are more; nothing, or a part, was read.
+        """
+        length = sum(map(len, iov))
+        if length > most or not self._cached or len(iov) > IOV_MAX:
             return False
         try:
             count = os.preadv(self._fd, iov, offset, os.RWF_NOWAIT)
         except OSError as error:
             self._cached = error.errno != errno.EOPNOTSUPP
             return False
-        return count == sum(map(len, iov))
+        return count == length
 
     def read(self, iov: Iov, offset: int) -> int:
         """Fill the buffers; EIO beyond the end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Final
@@ -13,6 +14,7 @@ from pybhyve.mevent import EventLoop
 from pybhyve.vmmapi import Iov
 
 MAXREQ: Final = 128 + NUMTHR
+READ_NOW_MAX: Final = 128 << 10  # Linux reads ahead so much; more holds a vCPU up
 RESIZE_SECONDS: Final = 1.0  # between looks at the size of the image
 QUICK_SECONDS: Final = 0.0005  # a write that took longer waited for the host
 
@@ -63,9 +65,10 @@ class BlockIf:
     def read_now(self, iov: Iov, offset: int) -> bool:
         """Read at once, on this thread, if the host has the data in memory.
 
-        False: it has to wait, `read` it then.  A vCPU's thread may call this.
+        False: it has to wait, or it is more than READ_NOW_MAX bytes: `read` it then.
+        A vCPU's thread may call this.
         """
-        return self._backing.read_now(iov, offset)
+        return self._backing.read_now(iov, offset, READ_NOW_MAX)
 
     def write(self, iov: Iov, offset: int, done: Done) -> BlockReq:
         """Write the buffers to the image."""
@@ -93,7 +96,7 @@ class BlockIf:
         return self._pool.cancel(req)
 
     def _read(self, iov: Iov, offset: int) -> int:
-        if self._backing.read_now(iov, offset):
+        if self._backing.read_now(iov, offset, sys.maxsize):
             return 0
         return self._pool.wait(self._backing.read, iov, offset)
 

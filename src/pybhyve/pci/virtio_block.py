@@ -61,7 +61,6 @@ MAX_RANGE_SECTORS: Final = (16 << 20) // SECTOR  # to discard or zero by one req
 # A driver may name the same memory in every segment: an hour's work in one request,
 # and no pause while it lasts.
 MAX_BYTES: Final = 256 << 20
-NOW_BYTES: Final = 64 << 10  # a longer copy would hold the vCPU up
 
 # 5.2.4: capacity, size_max, seg_max, geometry (3), blk_size, topology (4), writeback,
 # unused, num_queues, discard (3), write zeroes (3), unused
@@ -208,7 +207,7 @@ class PciVirtioBlock(VirtioPci[VirtioBlockOptions]):
             return
         request.written = length
         request.iov = iov = map_iov(self._vm, segments, writable=True)
-        if length <= NOW_BYTES and self._blk.read_now(iov, offset):
+        if self._blk.read_now(iov, offset):
             request.finish(VIRTIO_BLK_S_OK)
         else:
             self._blk.read(iov, offset, request.done)

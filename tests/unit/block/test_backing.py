@@ -6,12 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pybhyve.block import BlockOptions, SectorSize
+from pybhyve.block import BlockOptions, SectorSize, blockif
 from pybhyve.config import Config
 from pybhyve.errors import ConfigError, DeviceError, one_line
 from tests.unit.block.requests import SIZE, do, read, write
@@ -188,6 +189,20 @@ def test_block_device(open_image, loop, image):
     with pytest.raises(OSError, match="error"):
         read(blk, SIZE, 512)
     assert "in use" in refusal(open_image, loop)
+    blk.close()
+
+
+def test_a_block_device_that_grows(open_image, loop, image, monkeypatch):
+    monkeypatch.setattr(blockif, "RESIZE_SECONDS", 0.02)
+    blk = open_image(loop)
+    noticed = threading.Event()
+    blk.on_resize(noticed.set)
+    os.truncate(image, 2 * SIZE)
+    subprocess.run(["losetup", "--set-capacity", loop], check=True)
+
+    assert noticed.wait(30)
+    assert blk.size == 2 * SIZE
+    assert write(blk, SIZE, b"x" * 4096) == 0
     blk.close()
 
 

@@ -51,6 +51,14 @@ def test_read_now_reads_what_the_host_has(open_image):
     assert buffer == PATTERN[4096:5096]
 
 
+def test_read_now_leaves_long_reads_to_read(open_image):
+    blk = open_image()
+
+    assert blk.read_now([memoryview(bytearray(128 << 10))], 0)
+    assert not blk.read_now([memoryview(bytearray(129 << 10))], 0)
+    assert read(blk, 0, 129 << 10) == PATTERN[: 129 << 10]
+
+
 def test_read_now_leaves_the_end_to_read(open_image, image):
     blk = open_image()
     os.truncate(image, 4096)

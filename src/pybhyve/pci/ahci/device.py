@@ -20,10 +20,6 @@ ERR_ABRT: Final = 0x04  # aborted
 EXECUTE_DEVICE_DIAGNOSTIC: Final = 0x90
 DIAGNOSTIC_PASSED: Final = 0x01
 
-# A read of at most this is done at once where the host has the data in memory: that is
-# faster than to wake another thread, and keeps the vCPU for some microseconds.
-READ_NOW_MAX: Final = 128 << 10
-
 
 class SataDevice:
     """A device; its port calls it with the port's lock held."""
@@ -74,7 +70,7 @@ class SataDevice:
     def read_blocks(self, command: Command, offset: int, length: int) -> None:
         """Read from the image into the command's buffers, then `transferred`."""
         iov = command.map(length, True)
-        if length <= READ_NOW_MAX and self.blk.read_now(iov, offset):
+        if self.blk.read_now(iov, offset):
             command.unmap()
             self.transferred(command, 0)
         else:

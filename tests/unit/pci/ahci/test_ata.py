@@ -337,7 +337,7 @@ def test_the_log_names_tag_and_address(disk, opcode):
 def test_a_command_that_is_not_queued_ends_the_queue(disk):
     """Serial ATA 3.1, 13.6.3.2: the kinds do not mix."""
     device = disk.machine.devices["pci.0.3.0"].ports[0].device
-    device.blk._backing.read_now = lambda iov, offset: False
+    device.blk._backing.read_now = lambda *_: False
     with device.port.lock:  # no completion between the two
         disk.prepare(0, queued(READ_FPDMA, 0), [(disk.buffer(0), 512)])
         disk.prepare(1, h2d(0x25, count=1), [(disk.buffer(1), 512)])

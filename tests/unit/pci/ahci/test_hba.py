@@ -296,7 +296,7 @@ class Gate:
         self.blk._backing.read = lambda iov, offset: (
             self.begun.set() or (self.open.wait(10) and read(iov, offset))
         )
-        self.blk._backing.read_now = lambda iov, offset: False
+        self.blk._backing.read_now = lambda *_: False
 
 
 def test_reset_of_the_adapter(driver):
