@@ -12,14 +12,13 @@ from pybhyve.errors import DeviceError, NotAvailableError
 from pybhyve.mevent import EventLoop
 from pybhyve.net.backend import (
     FRAME_MAX,
-    HEADER_LEGACY,
-    HEADER_MRG,
     OFFLOAD_CSUM,
     OFFLOAD_ECN,
     OFFLOAD_TSO4,
     OFFLOAD_TSO6,
     Backend,
 )
+from pybhyve.net.header import HEADER_LEGACY, HEADER_MRG, VnetHeader, internet_sum
 from pybhyve.net.options import NetOptions, generate_mac
 from pybhyve.net.slirp import SlirpBackend
 from pybhyve.net.tap import TapBackend
@@ -34,7 +33,9 @@ __all__ = [
     "OFFLOAD_TSO6",
     "Backend",
     "NetOptions",
+    "VnetHeader",
     "generate_mac",
+    "internet_sum",
     "open_backend",
 ]
 

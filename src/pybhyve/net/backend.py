@@ -1,8 +1,7 @@
 """What a network backend is.
 
-Frames carry a header in front, virtio's (virtio 1.2, 5.1.6), because a tap understands
-it: so that checksums and segmentation can be left to whoever has the least work with
-them.  A device without that header, such as e1000, fills one in.
+Frames carry a `VnetHeader` in front, so that checksums and segmentation are left to
+whoever has the least work with them, if anybody.
 """
 
 from __future__ import annotations
@@ -12,16 +11,8 @@ from typing import Final
 
 from typing_extensions import Buffer
 
-HEADER_LEGACY: Final = 10
-HEADER_MRG: Final = 12  # with num_buffers, which the device sets
 FRAME_MAX: Final = 65536 + 64
 """Bytes of the largest frame with its header, as bhyve: a segmentation's input."""
-
-# virtio_net_hdr.flags and gso_type.
-HDR_F_NEEDS_CSUM: Final = 1  # finish the checksum: csum_start, csum_offset
-HDR_GSO_NONE: Final = 0
-HDR_GSO_TCPV4: Final = 1
-HDR_GSO_TCPV6: Final = 4
 
 # What a device can take unfinished; the numbers are those of TUNSETOFFLOAD.
 OFFLOAD_CSUM: Final = 0x01

@@ -15,7 +15,6 @@ import ipaddress
 import logging
 import os
 import select
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,7 +24,8 @@ from typing_extensions import Buffer
 
 from pybhyve.errors import DeviceError
 from pybhyve.mevent import EventLoop, Handle
-from pybhyve.net.backend import HDR_F_NEEDS_CSUM, HEADER_LEGACY, Backend
+from pybhyve.net.backend import Backend
+from pybhyve.net.header import HEADER_LEGACY, VnetHeader
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +49,6 @@ NO_TIMEOUT: Final = 0xFFFFFFFF
 _POLL_BITS: Final = ((1, 1), (4, 2), (2, 4), (8, 8), (16, 16))
 _TO_EPOLL: Final = [sum(e for s, e in _POLL_BITS if n & s) for n in range(32)]
 _TO_SLIRP: Final = [sum(s for s, e in _POLL_BITS if n & e) for n in range(32)]
-
-# virtio_net_hdr: flags, gso_type, hdr_len, gso_size, csum_start, csum_offset.
-_HEADER: Final = struct.Struct("<BBHHHH")
 
 _WRITE_CB: Final = ctypes.CFUNCTYPE(
     ctypes.c_ssize_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
@@ -261,15 +258,10 @@ class SlirpBackend(Backend):
         length = len(frame) - self._header
         if length < ETHER_HEADER:
             return
-        header = frame[: self._header]
-        frame = frame[self._header :]
-        if header[0] & HDR_F_NEEDS_CSUM:
-            finished = finish_checksum(header, frame)
-            if finished is None:
-                return
-            frame = finished
-        self._library.slirp_input(self._slirp, frame, length)
-        self._schedule_refill()
+        finished = VnetHeader.unpack(frame).finish(frame[self._header :])
+        if finished is not None:
+            self._library.slirp_input(self._slirp, finished, length)
+            self._schedule_refill()
 
     def receive(self, buffer: memoryview) -> int:
         """As Backend.receive."""
@@ -393,23 +385,6 @@ class SlirpBackend(Backend):
                 f"hostfwd: {kind} port {forward.host_port} of {forward.host} "
                 "cannot be had"
             ) from OSError(number, os.strerror(number))
-
-
-def finish_checksum(header: Buffer, frame: bytes) -> bytes | None:
-    """The frame with the checksum that its header asks for (virtio 1.2, 5.1.6.2).
-
-    None: that would be outside of the frame.
-    """
-    start, offset = _HEADER.unpack_from(header)[4:6]
-    at = start + offset
-    if at + 2 > len(frame):
-        return None
-    covered = frame[start:]
-    if len(covered) % 2:
-        covered += b"\0"
-    # A ones' complement sum is the remainder by 0xFFFF.
-    checksum = 0xFFFF - int.from_bytes(covered, "big") % 0xFFFF
-    return b"".join((frame[:at], checksum.to_bytes(2, "big"), frame[at + 2 :]))
 
 
 def _load() -> Any:

@@ -22,7 +22,8 @@ from typing_extensions import Buffer
 
 from pybhyve.errors import DeviceError
 from pybhyve.mevent import EventLoop, Handle
-from pybhyve.net.backend import HEADER_LEGACY, Backend
+from pybhyve.net.backend import Backend
+from pybhyve.net.header import HEADER_LEGACY
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pybhyve.pci import (
     ahci,
     dummy,
+    e1000,
     hostbridge,
     lpc,
     nvme,
@@ -22,6 +23,7 @@ __all__ = [
     "PciHost",
     "ahci",
     "dummy",
+    "e1000",
     "hostbridge",
     "init_pci",
     "lpc",

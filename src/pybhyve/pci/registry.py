@@ -25,7 +25,6 @@ LegacyConfig = Callable[["Node", str], None]
 # In bhyve's manual and not written yet.
 NOT_AVAILABLE: Final = frozenset(
     {
-        "e1000",
         "fbuf",
         "hda",
         "passthru",

@@ -262,6 +262,8 @@ class PciVirtioNet(VirtioPci[VirtioNetOptions]):
             if not self._paused:
                 self.queues[RXQ].kick_disable()
                 self._backend.enable_receive()
+        if self._waiting:
+            self._receive()
 
     def _receive(self) -> None:
         """Frames have come."""
