@@ -193,6 +193,9 @@ class Vm:
     def suspended(self) -> int:
         """The reason for which the VM's life has ended; SUSPEND_NONE while it lasts."""
 
+    def set_translate_after(self, runs: int | None) -> None:
+        """Translate a block of 64-bit code after ``runs`` (0 to 65534); None: never."""
+
     def reinit(self) -> None:
         """Devices, vCPUs and RAM as newly created; VmmError EBUSY while a vCPU runs."""
 

@@ -85,6 +85,11 @@ class GlobalOptions(Options):
         parse=one_of("auto", "kvm", "soft"),
         doc="What runs the guest: the host's processor or one in software.",
     )
+    soft_translate: bool = key(
+        True,
+        name="soft.translate",
+        doc="The processor in software translates what runs often.",
+    )
     kernel: str | None = key(
         None, doc="Linux, PVH or multiboot kernel to load before the start."
     )

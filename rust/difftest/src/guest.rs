@@ -42,12 +42,13 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// A VM ready for cases.
+    /// A VM ready for cases, whose blocks are translated after `translate_after` runs.
     ///
     /// # Panics
     /// When the host has no memory for it.
-    pub fn new() -> Guest {
+    pub fn new(translate_after: u16) -> Guest {
         let vm = Vm::new(1).expect("a VM");
+        vm.set_translate_after(translate_after);
         let size = 2 << 20;
         vm.mem.create_segment(0, "sysmem", size, None).expect("2 MiB of memory");
         vm.mmap_memseg(0, 0, 0, size, 7).expect("mapping at 0");
@@ -180,11 +181,5 @@ impl Guest {
         let mut data = vec![0; DATA_LEN];
         self.vm.mem.read(PHYS_DATA, &mut data).expect("inside memory");
         Outcome { end, regs, data }
-    }
-}
-
-impl Default for Guest {
-    fn default() -> Self {
-        Self::new()
     }
 }

@@ -219,6 +219,11 @@ impl Vm {
         self.vm.suspended().unwrap_or(SuspendHow::None) as u32
     }
 
+    #[pyo3(signature = (runs))]
+    fn set_translate_after(&self, runs: Option<u16>) {
+        self.vm.set_translate_after(runs.unwrap_or(vmm::soft::translate::NEVER));
+    }
+
     fn reinit(&self, py: Python<'_>) -> Result<()> {
         Ok(py.detach(|| self.vm.reinit())?)
     }

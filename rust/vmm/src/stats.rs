@@ -39,8 +39,9 @@ stats! {
     extint "number of ExtINTs delivered to vcpu",
     intr "number of interrupts delivered to vcpu",
     ipi "number of INIT and startup IPIs sent by vcpu",
-    instructions "number of instructions retired",
+    instructions "number of instructions interpreted",
     blocks_decoded "number of blocks decoded",
+    blocks_translated "number of blocks translated",
     blocks_dropped "number of blocks dropped because their code was written",
 }
 

@@ -277,6 +277,8 @@ impl Vcpu {
                 }
                 cpu = lock(&self.cpu);
             } else {
+                // Left over where nobody waited for it; the engine would look at it after each block.
+                self.events.take(pending & events::RESUME);
                 self.life.started.store(true, Ordering::Relaxed);
                 if let Some(exit) = cpu.run(vm, self) {
                     return exit;

@@ -1,6 +1,6 @@
 //! A virtual machine: its memory, vCPUs and in-kernel devices, and how they reach each other.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use serde::{Deserialize, Serialize};
@@ -21,6 +21,7 @@ use crate::memory::GuestMemory;
 use crate::platform::{Callout, DeliveryMode, NotDecoded, Platform};
 use crate::soft::CpuConfig;
 use crate::soft::safepoint::Exclusive;
+use crate::soft::translate;
 use crate::vcpu::{Acting, Frozen, Vcpu};
 
 /// xAPIC ids are 8 bits, and 255 is broadcast.
@@ -55,6 +56,8 @@ pub struct Vm {
     pub hpet: Vhpet,
     pub pmtmr: Vpmtmr,
     pub rtc: Vrtc,
+    /// Runs of a block before it is translated; `translate::NEVER`: none is.
+    translate_after: AtomicU16,
     topology: Mutex<Topology>,
     /// `SuspendHow` as a number.
     suspend: AtomicU32,
@@ -128,6 +131,7 @@ impl Vm {
             pit: Vatpit::new(),
             hpet: Vhpet::new(),
             pmtmr: Vpmtmr::new(),
+            translate_after: AtomicU16::new(translate::WARM),
             rtc: Vrtc::new(),
             topology: Mutex::new(topology),
             suspend: AtomicU32::new(SuspendHow::None as u32),
@@ -232,6 +236,16 @@ impl Vm {
 
     pub fn topology(&self) -> Topology {
         *self.topology.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Translate blocks of 64-bit code after so many runs: `translate::WARM` unless this is called,
+    /// `translate::NEVER` for none.  vCPUs notice when they run next.
+    pub fn set_translate_after(&self, runs: u16) {
+        self.translate_after.store(runs, Ordering::Relaxed);
+    }
+
+    pub(crate) fn translate_after(&self) -> u16 {
+        self.translate_after.load(Ordering::Relaxed)
     }
 
     /// # Errors

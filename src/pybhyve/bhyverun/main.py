@@ -184,6 +184,8 @@ UNLOADED: Final = {
 
 def init_vcpus(ctx: VmCtx, options: GlobalOptions, topology: Topology) -> None:
     """The capabilities that the variables ask for, on each vCPU."""
+    if not options.soft_translate:
+        ctx.vm.set_translate_after(None)
     for index in range(topology.cpus):
         vcpu = ctx.vcpu(index)
         if options.x86_vmexit_on_hlt:

@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use vmm::exit::Exit;
 use vmm::regs::{Reg, SegDesc};
+use vmm::soft::translate::NEVER;
 use vmm::vcpu::Vcpu;
 use vmm::vm::Vm;
 
@@ -130,6 +131,9 @@ fn main() -> ExitCode {
         let mut rng = Rng(seed);
         let n = (seed % MODES.len() as u64) as usize;
         let vm = Vm::new(1).expect("a VM");
+        // Every other one of each mode.
+        let translated = seed / MODES.len() as u64 % 2 == 1;
+        vm.set_translate_after(if translated { 1 } else { NEVER });
         vm.mem.create_segment(0, "sysmem", MEMORY, None).expect("memory");
         vm.mmap_memseg(0, 0, 0, MEMORY, 7).expect("mapping at 0");
         vm.activate_cpu(0).expect("vCPU 0");

@@ -9,8 +9,9 @@
 
 use super::Cpu;
 use super::op::*;
+use super::translate::Code;
 use std::any::Any;
-use std::cell::Cell;
+use std::cell::{Cell, UnsafeCell};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ptr;
@@ -47,6 +48,27 @@ pub struct Block {
     pub count: u64,
     /// Key in the cache's map.
     pub(super) key: u64,
+    /// How often it has been interpreted, for a start.
+    pub runs: Cell<u16>,
+    /// Its translated code; null: none, or none any more.
+    pub entry: Cell<*const u8>,
+    pub(super) code: UnsafeCell<Option<Box<Code>>>,
+}
+
+impl Block {
+    /// What belongs to its translated code, if it ever had any.
+    #[expect(clippy::mut_from_ref, reason = "blocks belong to one vCPU's thread")]
+    pub fn code(&self) -> Option<&mut Code> {
+        // SAFETY: callers are on the thread that has the block's vCPU, and none keeps the
+        // reference while another is taken.
+        unsafe { (*self.code.get()).as_deref_mut() }
+    }
+
+    pub fn set_code(&self, code: Code) {
+        self.entry.set(code.entry);
+        // SAFETY: as in `code`.
+        unsafe { *self.code.get() = Some(Box::new(code)) };
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -140,7 +162,7 @@ impl Cache {
             | if flat { mode::FLAT } else { 0 };
     }
 
-    fn jump_key(&self, user: bool) -> u64 {
+    pub(super) fn jump_key(&self, user: bool) -> u64 {
         self.jump_gen << 20 | self.space << 8 | u64::from(self.mode) | u64::from(user) << 7
     }
 
@@ -245,6 +267,7 @@ impl Cpu {
             return;
         }
         self.cache.invalidated += 1;
+        self.unlead(block);
         if self.cache.map.get(&block.key) == Some(&b) {
             self.cache.map.remove(&block.key);
         }
@@ -280,6 +303,7 @@ impl Cpu {
         c.ops = 0;
         c.current = ptr::null();
         c.flush_jumps();
+        self.restart_translator();
     }
 }
 

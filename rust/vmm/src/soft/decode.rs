@@ -9,7 +9,7 @@ use super::state::*;
 use super::sys;
 use iced_x86::{Code, Decoder, DecoderError, Instruction, OpKind, Register};
 use std::any::Any;
-use std::cell::Cell;
+use std::cell::{Cell, UnsafeCell};
 use std::ptr;
 
 /// How an instruction that a slow handler ran ends.
@@ -170,6 +170,12 @@ unsafe fn slow_mid(cpu: &mut Cpu, op: *const Op) -> Flow {
     }
 }
 
+/// Is it run by a slow handler?
+pub fn is_slow(op: &Op) -> bool {
+    let f = op.f.get();
+    ptr::fn_addr_eq(f, slow_mid as Handler) || ptr::fn_addr_eq(f, slow_end as Handler)
+}
+
 unsafe fn slow_end(cpu: &mut Cpu, op: *const Op) -> Flow {
     // SAFETY: called as a handler.
     match unsafe { call_slow(cpu, op) } {
@@ -236,6 +242,9 @@ impl Cpu {
             gpa2: None,
             count: 0,
             key: 0,
+            runs: Cell::new(0),
+            entry: Cell::new(ptr::null()),
+            code: UnsafeCell::new(None),
         });
         let mut ops: Vec<Op> = Vec::with_capacity(16);
         let mut off = 0;
@@ -317,6 +326,15 @@ impl Cpu {
             Some((f, end)) => l.slow(f, end),
             None => l.slow(interp::misc::undefined, true),
         }
+    }
+
+    /// Instruction bytes of a block; None where there is no memory any more.
+    pub(super) fn code_bytes(&self, gpa: u64, out: &mut [u8]) -> Option<()> {
+        if self.page_flags(gpa) & crate::memory::PRESENT == 0 {
+            return None;
+        }
+        self.fetch_bytes(gpa, out);
+        Some(())
     }
 
     /// Instruction bytes from one physical page; what is no memory reads as all ones.

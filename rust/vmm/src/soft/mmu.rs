@@ -1,10 +1,10 @@
 //! Paging, the software TLB, and every access of an instruction to memory.
 //!
-//! Intel SDM 3A chapter 4.  A TLB entry holds a tag for reads and one for writes; a tag is the
-//! linear page with the address space's number in its low bits, so one compare decides about
-//! presence, permission, address space and page crossing.  Whatever is unusual (devices, pages
-//! with translated code, watchpoints, alignment checks) simply never gets a tag and takes the
-//! slow path.
+//! Intel SDM 3A chapter 4.  The TLB has banks of entries: for each address space that is remembered
+//! one for each kind of right.  An entry holds a linear page for reads and one for writes; the distance
+//! of an access from it decides at once about presence, permission and page crossing.  Whatever is
+//! unusual (devices, pages with decoded code, watchpoints, alignment checks) simply never gets a tag
+//! and takes the slow path.
 
 use super::int::Int;
 use super::op::*;
@@ -16,12 +16,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub const PAGE: u64 = 4096;
 pub const PAGE_MASK: u64 = !(PAGE - 1);
 
-const TLB_ENTRIES: usize = 1024;
+pub const TLB_ENTRIES: usize = 1024;
 const CODE_ENTRIES: usize = 256;
-/// Address-space numbers share a tag with the page number.  The last one stays unused so that
-/// an empty entry (all ones) matches nothing.
+/// Address-space numbers share a code tag with the page number.  The last one stays unused so
+/// that an empty entry (all ones) matches nothing.
 const MAX_ASID: u64 = 0xFFE;
-const PCID_SLOTS: usize = 8;
+/// Address spaces that are remembered; Linux uses six PCIDs.
+const PCID_SLOTS: usize = 6;
 
 /// Data banks: user, supervisor, supervisor that SMAP keeps from user pages, and one that is
 /// never filled, for when every access must be looked at.
@@ -30,17 +31,42 @@ const BANK_SUPER: usize = 1;
 const BANK_SMAP: usize = 2;
 const BANK_NONE: usize = 3;
 
+/// Kinds of right that have banks; `BANK_NONE` has one for all address spaces.
+const KINDS: usize = 3;
+const BANKS: usize = PCID_SLOTS * KINDS + 1;
+
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Entry {
-    rtag: u64,
-    wtag: u64,
-    /// Host address minus linear address.
-    addend: u64,
+    /// Linear page that may be read.
+    pub rtag: u64,
+    /// Linear page that may be written.
+    pub wtag: u64,
+    /// Host address of the page.
+    pub host: u64,
     gpa: u64,
 }
 
-const EMPTY: Entry = Entry { rtag: u64::MAX, wtag: u64::MAX, addend: 0, gpa: 0 };
+/// What translated code uses of an entry.
+pub const RTAG: usize = std::mem::offset_of!(Entry, rtag);
+pub const WTAG: usize = std::mem::offset_of!(Entry, wtag);
+pub const HOST: usize = std::mem::offset_of!(Entry, host);
+pub const ENTRY_SHIFT: u8 = size_of::<Entry>().trailing_zeros() as u8;
+
+impl Entry {
+    /// What matches nothing that is looked for at index `i`: a page of another index.
+    fn empty(i: usize) -> Entry {
+        let tag = no_page(i);
+        Entry { rtag: tag, wtag: tag, host: 0, gpa: 0 }
+    }
+}
+
+fn no_page(i: usize) -> u64 {
+    ((i % TLB_ENTRIES) as u64 ^ 1) << 12
+}
+
+/// Bits of a filter of pages that may have write tags.
+const WRITTEN_BITS: usize = 1 << 16;
 
 #[derive(Clone, Copy)]
 struct CodeEntry {
@@ -49,7 +75,14 @@ struct CodeEntry {
 }
 
 pub struct Tlb {
-    banks: [[Entry; TLB_ENTRIES]; 4],
+    /// `BANKS` times `TLB_ENTRIES`.
+    entries: Box<[Entry]>,
+    /// Banks with anything in them.
+    used: [bool; BANKS],
+    /// Which of the remembered address spaces is the present one.
+    slot: usize,
+    /// Physical pages, by their low bits, that may have got a write tag.
+    written: Box<[u64; WRITTEN_BITS / 64]>,
     code: [[CodeEntry; CODE_ENTRIES]; 2],
     next_asid: u64,
     pcids: [(u16, u64); PCID_SLOTS],
@@ -131,7 +164,10 @@ const RSVD_ADDR: u64 = pte::ADDR & !((1 << MAXPHYADDR) - 1);
 impl Default for Tlb {
     fn default() -> Self {
         Tlb {
-            banks: [[EMPTY; TLB_ENTRIES]; 4],
+            entries: (0..BANKS * TLB_ENTRIES).map(Entry::empty).collect(),
+            used: [false; BANKS],
+            slot: 0,
+            written: Box::new([0; WRITTEN_BITS / 64]),
             code: [[CodeEntry { tag: u64::MAX, gpa: 0 }; CODE_ENTRIES]; 2],
             next_asid: 1,
             pcids: [(0, 0); PCID_SLOTS],
@@ -144,20 +180,54 @@ impl Default for Tlb {
 }
 
 impl Tlb {
-    fn clear(&mut self) {
-        for bank in &mut self.banks {
-            bank.fill(EMPTY);
+    fn clear_bank(&mut self, bank: usize) {
+        if std::mem::take(&mut self.used[bank]) {
+            let entries = &mut self.entries[bank * TLB_ENTRIES..][..TLB_ENTRIES];
+            for (i, e) in entries.iter_mut().enumerate() {
+                *e = Entry::empty(i);
+            }
         }
+    }
+
+    /// Forget the data translations of one remembered address space.
+    fn clear_slot(&mut self, slot: usize) {
+        for kind in 0..KINDS {
+            self.clear_bank(slot * KINDS + kind);
+        }
+    }
+
+    fn clear_data(&mut self) {
+        for slot in 0..PCID_SLOTS {
+            self.clear_slot(slot);
+        }
+        self.written.fill(0);
+    }
+
+    fn clear_code(&mut self) {
         for bank in &mut self.code {
             bank.fill(CodeEntry { tag: u64::MAX, gpa: 0 });
         }
     }
 
-    /// Drop write permission for one physical page, or for all: code lives there now.
+    /// Index in `entries` of the first of a bank.
+    fn bank(&self, kind: usize) -> usize {
+        let bank = if kind == BANK_NONE { BANKS - 1 } else { self.slot * KINDS + kind };
+        bank * TLB_ENTRIES
+    }
+
+    /// Drop write permission for one physical page: code lives there now.
     pub fn protect(&mut self, gpa: u64) {
-        for e in self.banks.iter_mut().flatten() {
-            if e.gpa == gpa {
-                e.wtag = u64::MAX;
+        let bit = (gpa >> 12) as usize % WRITTEN_BITS;
+        if self.written[bit / 64] >> (bit % 64) & 1 == 0 {
+            return;
+        }
+        for (bank, entries) in self.entries.chunks_mut(TLB_ENTRIES).enumerate() {
+            if self.used[bank] {
+                for (i, e) in entries.iter_mut().enumerate() {
+                    if e.gpa == gpa {
+                        e.wtag = no_page(i);
+                    }
+                }
             }
         }
     }
@@ -173,7 +243,8 @@ impl Cpu {
 
     fn new_asid(&mut self) -> u64 {
         if self.tlb.next_asid > MAX_ASID {
-            self.tlb.clear();
+            self.tlb.clear_data();
+            self.tlb.clear_code();
             self.cache.flush_jumps();
             self.tlb.pcids = [(0, 0); PCID_SLOTS];
             self.tlb.next_asid = 1;
@@ -191,32 +262,44 @@ impl Cpu {
     pub fn flush_tlb(&mut self) {
         self.tlb.pcids = [(0, 0); PCID_SLOTS];
         self.tlb.large = None;
+        self.tlb.clear_data();
         let asid = self.new_asid();
         self.tlb.pcids[0] = (self.pcid(), asid);
         self.tlb.pcid_victim = 1;
+        self.enter_space(0, asid);
+    }
+
+    fn enter_space(&mut self, slot: usize, asid: u64) {
+        self.tlb.slot = slot;
         self.asid = asid;
         self.cache.enter_space(asid);
+        self.point_at_bank();
+    }
+
+    /// The bank's address, which every access starts from.
+    fn point_at_bank(&mut self) {
+        self.bank_at = &raw mut self.tlb.entries[self.tlb.bank(self.bank)];
     }
 
     /// CR3 was written: enter its address space, keeping its old translations if `keep`.
     pub fn switch_space(&mut self, keep: bool) {
         let pcid = self.pcid();
         let slot = self.tlb.pcids.iter().position(|&(p, a)| a != 0 && p == pcid);
-        let asid = match slot {
-            Some(i) if keep => self.tlb.pcids[i].1,
-            _ => {
-                let asid = self.new_asid();
-                let found = self.tlb.pcids.iter().position(|&(p, a)| a != 0 && p == pcid);
-                let i = found.unwrap_or_else(|| {
-                    self.tlb.pcid_victim = (self.tlb.pcid_victim + 1) % PCID_SLOTS;
-                    self.tlb.pcid_victim
-                });
-                self.tlb.pcids[i] = (pcid, asid);
-                asid
-            }
-        };
-        self.asid = asid;
-        self.cache.enter_space(asid);
+        if let Some(i) = slot
+            && keep
+        {
+            self.enter_space(i, self.tlb.pcids[i].1);
+            return;
+        }
+        let asid = self.new_asid();
+        let found = self.tlb.pcids.iter().position(|&(p, a)| a != 0 && p == pcid);
+        let i = found.unwrap_or_else(|| {
+            self.tlb.pcid_victim = (self.tlb.pcid_victim + 1) % PCID_SLOTS;
+            self.tlb.pcid_victim
+        });
+        self.tlb.pcids[i] = (pcid, asid);
+        self.tlb.clear_slot(i);
+        self.enter_space(i, asid);
     }
 
     /// Forget the translations of one PCID (INVPCID).
@@ -239,8 +322,8 @@ impl Cpu {
             return;
         }
         let i = (lin >> 12) as usize;
-        for bank in &mut self.tlb.banks {
-            bank[i % TLB_ENTRIES] = EMPTY;
+        for bank in self.tlb.entries.chunks_mut(TLB_ENTRIES) {
+            bank[i % TLB_ENTRIES] = Entry::empty(i);
         }
         for bank in &mut self.tlb.code {
             bank[i % CODE_ENTRIES].tag = u64::MAX;
@@ -291,6 +374,7 @@ impl Cpu {
         } else {
             BANK_SUPER
         };
+        self.point_at_bank();
     }
 
     /// Run `f` with the rights to data of another privilege level (the stack that an interrupt
@@ -562,13 +646,19 @@ impl Cpu {
             });
         }
         let page = lin & PAGE_MASK;
-        let tag = page | self.asid;
         let gpa = m.gpa & PAGE_MASK;
         let fast_write = m.write && flags & (WRITABLE | DIRTY | CODE) == WRITABLE | DIRTY;
-        self.tlb.banks[bank][(lin >> 12) as usize % TLB_ENTRIES] = Entry {
-            rtag: tag,
-            wtag: if fast_write { tag } else { u64::MAX },
-            addend: (self.mem_base as u64).wrapping_add(gpa).wrapping_sub(page),
+        if fast_write {
+            let bit = (gpa >> 12) as usize % WRITTEN_BITS;
+            self.tlb.written[bit / 64] |= 1 << (bit % 64);
+        }
+        let first = self.tlb.bank(bank);
+        self.tlb.used[first / TLB_ENTRIES] = true;
+        let i = (lin >> 12) as usize % TLB_ENTRIES;
+        self.tlb.entries[first + i] = Entry {
+            rtag: page,
+            wtag: if fast_write { page } else { no_page(i) },
+            host: (self.mem_base as u64).wrapping_add(gpa),
             gpa,
         };
     }
@@ -629,22 +719,18 @@ impl Cpu {
 
     #[inline(always)]
     fn entry(&self, lin: u64) -> &Entry {
-        // SAFETY: `bank` is below 4 and the index is masked.
-        unsafe {
-            self.tlb
-                .banks
-                .get_unchecked(self.bank)
-                .get_unchecked((lin >> 12) as usize % TLB_ENTRIES)
-        }
+        // SAFETY: `bank_at` is the first of a bank's entries, and the index is masked.
+        unsafe { &*self.bank_at.add((lin >> 12) as usize % TLB_ENTRIES) }
     }
 
     /// Load from a linear address with the current privilege.
     #[inline(always)]
     pub fn ld<T: Int>(&mut self, lin: u64) -> Result<T, Stop> {
         let e = self.entry(lin);
-        if e.rtag == lin.wrapping_add(T::SIZE - 1) & PAGE_MASK | self.asid {
+        let at = lin.wrapping_sub(e.rtag);
+        if at <= PAGE - T::SIZE {
             // SAFETY: a tag is only set for a page of guest memory, and the access stays in it.
-            return Ok(unsafe { T::load(lin.wrapping_add(e.addend) as *const u8) });
+            return Ok(unsafe { T::load((e.host + at) as *const u8) });
         }
         self.ld_slow(lin)
     }
@@ -653,9 +739,10 @@ impl Cpu {
     #[inline(always)]
     pub fn st<T: Int>(&mut self, lin: u64, v: T) -> Result<(), Stop> {
         let e = self.entry(lin);
-        if e.wtag == lin.wrapping_add(T::SIZE - 1) & PAGE_MASK | self.asid {
+        let at = lin.wrapping_sub(e.wtag);
+        if at <= PAGE - T::SIZE {
             // SAFETY: as in `ld`; the page is writable.
-            unsafe { T::store(lin.wrapping_add(e.addend) as *mut u8, v) };
+            unsafe { T::store((e.host + at) as *mut u8, v) };
             return Ok(());
         }
         self.st_slow(lin, v)
@@ -677,10 +764,12 @@ impl Cpu {
 
     /// Load with the processor's own right (descriptor tables, TSS, IDT).
     pub fn ld_sys<T: Int>(&mut self, lin: u64) -> Result<T, Stop> {
-        let e = &self.tlb.banks[self.system_bank()][(lin >> 12) as usize % TLB_ENTRIES];
-        if e.rtag == lin.wrapping_add(T::SIZE - 1) & PAGE_MASK | self.asid {
+        let first = self.tlb.bank(self.system_bank());
+        let e = &self.tlb.entries[first + (lin >> 12) as usize % TLB_ENTRIES];
+        let at = lin.wrapping_sub(e.rtag);
+        if at <= PAGE - T::SIZE {
             // SAFETY: as in `ld`.
-            return Ok(unsafe { T::load(lin.wrapping_add(e.addend) as *const u8) });
+            return Ok(unsafe { T::load((e.host + at) as *const u8) });
         }
         let mut b = [0; 8];
         self.read_lin(lin, &mut b[..T::SIZE as usize], Right::System)?;
@@ -861,8 +950,9 @@ impl Cpu {
     #[inline(always)]
     pub fn wptr<T: Int>(&mut self, lin: u64) -> Result<*mut u8, Stop> {
         let e = self.entry(lin);
-        if e.wtag == lin.wrapping_add(T::SIZE - 1) & PAGE_MASK | self.asid {
-            return Ok(lin.wrapping_add(e.addend) as *mut u8);
+        let at = lin.wrapping_sub(e.wtag);
+        if at <= PAGE - T::SIZE {
+            return Ok((e.host + at) as *mut u8);
         }
         self.wptr_slow(lin, T::SIZE, false)
     }
@@ -871,8 +961,9 @@ impl Cpu {
     #[inline(always)]
     pub fn wptr_locked<T: Int>(&mut self, lin: u64) -> Result<*mut u8, Stop> {
         let e = self.entry(lin);
-        if e.wtag == lin.wrapping_add(T::SIZE - 1) & PAGE_MASK | self.asid {
-            return Ok(lin.wrapping_add(e.addend) as *mut u8);
+        let at = lin.wrapping_sub(e.wtag);
+        if at <= PAGE - T::SIZE {
+            return Ok((e.host + at) as *mut u8);
         }
         self.wptr_slow(lin, T::SIZE, true)
     }
@@ -944,18 +1035,17 @@ impl Cpu {
     #[inline(always)]
     pub fn direct(&self, lin: u64, size: u64, write: bool) -> Option<*mut u8> {
         let e = self.entry(lin);
-        let tag = if write { e.wtag } else { e.rtag };
-        let hit = tag == lin.wrapping_add(size - 1) & PAGE_MASK | self.asid;
-        hit.then(|| lin.wrapping_add(e.addend) as *mut u8)
+        let at = lin.wrapping_sub(if write { e.wtag } else { e.rtag });
+        (at <= PAGE - size).then(|| (e.host + at) as *mut u8)
     }
 
     /// Host address of `len` bytes at `lin`, and how many of them (at least 1) lie in its page,
     /// if it is plain memory that may be accessed so; for string instructions and vectors.
     pub fn span(&mut self, lin: u64, write: bool) -> Result<Option<*mut u8>, Stop> {
         let e = *self.entry(lin);
-        let tag = lin & PAGE_MASK | self.asid;
-        if (if write { e.wtag } else { e.rtag }) == tag {
-            return Ok(Some(lin.wrapping_add(e.addend) as *mut u8));
+        let at = lin.wrapping_sub(if write { e.wtag } else { e.rtag });
+        if at < PAGE {
+            return Ok(Some((e.host + at) as *mut u8));
         }
         if self.bank == BANK_NONE {
             return Ok(None);

@@ -22,6 +22,7 @@ pub mod seg;
 pub mod state;
 pub mod sys;
 pub mod task;
+pub mod translate;
 
 pub use api::CpuState;
 pub use cpuid::CpuConfig;

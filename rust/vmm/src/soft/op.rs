@@ -96,6 +96,11 @@ impl Op {
         }
     }
 
+    /// The same, for another place.
+    pub fn copy(&self) -> Op {
+        Op { f: Cell::new(self.f.get()), ..*self }
+    }
+
     /// RIP of this instruction.
     #[inline(always)]
     pub fn rip(&self, cpu: &Cpu) -> u64 {

@@ -38,11 +38,13 @@ impl Cpu {
         let (retired, decoded, dropped) =
             (self.cache.retired, self.cache.decoded, self.cache.invalidated);
         self.native.enter();
+        self.enter_jit();
         self.enter_guest();
         let exit = self.execute();
         self.leave_guest();
         let s = &vcpu.stats;
         s.instructions.add(self.cache.retired.wrapping_sub(retired));
+        s.blocks_translated.add(std::mem::take(&mut self.jit.translated));
         s.blocks_decoded.add(self.cache.decoded - decoded);
         s.blocks_dropped.add(self.cache.invalidated - dropped);
         if exit.is_some() {
@@ -65,7 +67,7 @@ impl Cpu {
             if self.vcpu().events.peek() != 0 && self.events() {
                 return None;
             }
-            if self.cache.full() || self.native.full() {
+            if self.cache.full() || self.native.full() || self.jit.full() {
                 self.drop_blocks();
                 self.native.reset();
             }
@@ -235,18 +237,28 @@ impl Cpu {
             let b = unsafe { &*block };
             self.r[R_RIP as usize] = self.rip;
             self.cache.current = block;
-            let op = b.ops.as_ptr();
-            // SAFETY: a block has at least one op; its handlers get their own op.
-            let flow = unsafe { ((*op).f.get())(self, op) };
+            self.warm_now(b);
+            let entry = b.entry.get();
+            let translated = !entry.is_null();
+            let flow = if translated {
+                self.run_code(entry)
+            } else {
+                let op = b.ops.as_ptr();
+                // SAFETY: a block has at least one op; its handlers get their own op.
+                unsafe { ((*op).f.get())(self, op) }
+            };
             if flow == STOP {
                 let s = self.stopped.take().unwrap_or(Stop::Exception);
                 return self.stop(s);
             }
-            self.cache.retired = self.cache.retired.wrapping_add(b.count);
+            if !translated {
+                self.cache.retired = self.cache.retired.wrapping_add(b.count);
+                self.warm(b);
+            }
             if flow == BREAK || self.vcpu().events.peek() != 0 {
                 return Why::Look;
             }
-            if flow < INDIRECT {
+            if flow < INDIRECT && !translated {
                 let next = b.links[flow as usize].get();
                 // SAFETY: as above; a link points to a block of the same cache.
                 if !next.is_null() && unsafe { (*next).valid.get() } {
@@ -258,10 +270,13 @@ impl Cpu {
                 Ok(b) => b,
                 Err(s) => return self.stop(s),
             };
-            if flow < INDIRECT {
+            if translated {
+                // SAFETY: as above.
+                self.lead(flow, unsafe { &*block });
+            } else if flow < INDIRECT {
                 self.link(b, flow as usize, block);
             }
-            if self.cache.full() || self.native.full() {
+            if self.cache.full() || self.native.full() || self.jit.full() {
                 return Why::Look;
             }
         }

@@ -188,7 +188,7 @@ pub struct Cpu {
     pub fl: u32,
     /// 0-3.
     pub cpl: u8,
-    /// Added to page tags, so that a TLB flush is a change of number.
+    /// Added to the tags of code pages, so that flushing them is a change of number.
     pub asid: u64,
     /// Aligned to its size, which `native` counts on for speed.
     pub ymm: [[u64; 4]; 16],
@@ -198,6 +198,8 @@ pub struct Cpu {
     pub sp_mask: u64,
     /// The TLB bank for data accesses at the present privilege.
     pub bank: usize,
+    /// Its first entry, in the present address space.
+    pub bank_at: *mut super::mmu::Entry,
     pub tlb: Box<Tlb>,
 
     pub rip: u64,
@@ -261,6 +263,7 @@ pub struct Cpu {
     pub config: super::cpuid::CpuConfig,
     pub cache: Cache,
     pub native: super::native::Native,
+    pub jit: super::translate::Jit,
     pub mem_base: *mut u8,
     pub mem_flags: *const AtomicU8,
     pub mem_pages: u64,

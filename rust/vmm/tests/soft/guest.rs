@@ -98,6 +98,7 @@ pub struct Guest {
 impl Guest {
     pub fn new(mode: Mode, cpl: u8) -> Guest {
         let vm = Vm::new(1).unwrap();
+        vm.set_translate_after(crate::TRANSLATE_AFTER);
         vm.mem.create_segment(0, "sysmem", MEMORY, None).unwrap();
         vm.mmap_memseg(0, 0, 0, MEMORY, 7).unwrap();
         vm.activate_cpu(0).unwrap();

@@ -5,10 +5,6 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 
-/// Bytes of code that a buffer takes.  A stub has about 40, so this is more than the vector
-/// instructions of a large guest with all its programs; pages that stay empty cost nothing.
-pub const SIZE: usize = 1 << 20;
-
 /// Stubs start at multiples of this.
 const ALIGN: usize = 16;
 
@@ -18,6 +14,7 @@ const ALIGN: usize = 16;
 pub struct CodeBuf {
     write: NonNull<u8>,
     exec: NonNull<u8>,
+    size: usize,
     used: usize,
 }
 
@@ -25,14 +22,15 @@ pub struct CodeBuf {
 unsafe impl Send for CodeBuf {}
 
 impl CodeBuf {
-    pub fn new() -> io::Result<CodeBuf> {
+    /// Room for `size` bytes, which take memory as they are used.
+    pub fn new(size: usize) -> io::Result<CodeBuf> {
         let file = anonymous_file()?;
-        file.set_len(SIZE as u64)?;
-        let write = map(&file, libc::PROT_READ | libc::PROT_WRITE)?;
-        match map(&file, libc::PROT_READ | libc::PROT_EXEC) {
-            Ok(exec) => Ok(CodeBuf { write, exec, used: 0 }),
+        file.set_len(size as u64)?;
+        let write = map(&file, size, libc::PROT_READ | libc::PROT_WRITE)?;
+        match map(&file, size, libc::PROT_READ | libc::PROT_EXEC) {
+            Ok(exec) => Ok(CodeBuf { write, exec, size, used: 0 }),
             Err(e) => {
-                unmap(write);
+                unmap(write, size);
                 Err(e)
             }
         }
@@ -40,13 +38,18 @@ impl CodeBuf {
 
     /// Bytes left.
     pub fn room(&self) -> usize {
-        SIZE - self.used
+        self.size - self.used
+    }
+
+    /// Address at which the next code will run.
+    pub fn next(&self) -> u64 {
+        self.exec.as_ptr() as u64 + self.used as u64
     }
 
     /// Take `code` in; its executable address, or None if there is no room.
     pub fn push(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
         let end = self.used + code.len().next_multiple_of(ALIGN);
-        if end > SIZE {
+        if end > self.size {
             return None;
         }
         // SAFETY: `end` is inside both mappings.  These bytes have never been executed, so no
@@ -62,8 +65,8 @@ impl CodeBuf {
 
 impl Drop for CodeBuf {
     fn drop(&mut self) {
-        unmap(self.write);
-        unmap(self.exec);
+        unmap(self.write, self.size);
+        unmap(self.exec, self.size);
     }
 }
 
@@ -81,19 +84,19 @@ fn anonymous_file() -> io::Result<File> {
     create(libc::MFD_CLOEXEC | libc::MFD_EXEC).or_else(|_| create(libc::MFD_CLOEXEC))
 }
 
-fn map(file: &File, prot: i32) -> io::Result<NonNull<u8>> {
+fn map(file: &File, size: usize, prot: i32) -> io::Result<NonNull<u8>> {
     // SAFETY: no address is given, so no existing mapping is touched.
     let p =
-        unsafe { libc::mmap(ptr::null_mut(), SIZE, prot, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+        unsafe { libc::mmap(ptr::null_mut(), size, prot, libc::MAP_SHARED, file.as_raw_fd(), 0) };
     match NonNull::new(p.cast()) {
         Some(at) if p != libc::MAP_FAILED => Ok(at),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-fn unmap(at: NonNull<u8>) {
-    // SAFETY: `at` is a mapping of `SIZE` bytes made by `map`, owned by the caller, who drops it.
-    unsafe { libc::munmap(at.as_ptr().cast(), SIZE) };
+fn unmap(at: NonNull<u8>, size: usize) {
+    // SAFETY: `at` is a mapping of `size` bytes made by `map`, owned by the caller, who drops it.
+    unsafe { libc::munmap(at.as_ptr().cast(), size) };
 }
 
 #[cfg(test)]
@@ -102,7 +105,7 @@ mod tests {
 
     #[test]
     fn code_runs_where_it_cannot_be_written() {
-        let mut buf = CodeBuf::new().unwrap();
+        let mut buf = CodeBuf::new(1 << 20).unwrap();
         // mov eax, imm32; ret
         let first = buf.push(&[0xB8, 1, 0, 0, 0, 0xC3]).unwrap();
         let second = buf.push(&[0xB8, 2, 0, 0, 0, 0xC3]).unwrap();
@@ -120,7 +123,7 @@ mod tests {
 
     #[test]
     fn a_full_buffer_refuses() {
-        let mut buf = CodeBuf::new().unwrap();
+        let mut buf = CodeBuf::new(1 << 20).unwrap();
         let page = [0xC3; 4096];
         while buf.room() > 0 {
             buf.push(&page).unwrap();

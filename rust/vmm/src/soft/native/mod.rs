@@ -28,7 +28,7 @@
 //!    changes (`codebuf`).  [`Native::reset`] takes all of it away, which is only done when no
 //!    block that refers to it is left.
 
-mod codebuf;
+pub(super) mod codebuf;
 mod simd;
 mod special;
 mod stub;
@@ -46,6 +46,10 @@ use std::arch::asm;
 use std::collections::HashMap;
 use std::mem;
 use stub::{Stub, X87Plan};
+
+/// Bytes of stubs.  One has about 40, so this is more than the vector instructions of a large guest
+/// with all its programs.
+const CODE_SIZE: usize = 1 << 20;
 
 /// Which conditions an instruction depends on, and what it touches.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -190,7 +194,8 @@ impl Native {
         }
         let bytes = build(&insn, &mut self.info);
         let code = self.code.get_or_insert_with(|| {
-            CodeBuf::new().unwrap_or_else(|e| panic!("cannot map memory for generated code: {e}"))
+            CodeBuf::new(CODE_SIZE)
+                .unwrap_or_else(|e| panic!("cannot map memory for generated code: {e}"))
         });
         let at = code.push(&bytes).expect("`full` is asked before each block");
         // SAFETY: the bytes are a function of this type; they stay until `reset`.
