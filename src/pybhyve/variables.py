@@ -97,7 +97,9 @@ class GlobalOptions(Options):
     cmdline: str | None = key(
         None, doc="Command line for kernel; Linux talks on com1 if not given."
     )
-    bootrom: str | None = key(None, doc="Firmware image; not with kernel.")
+    bootrom: str | None = key(
+        None, doc="Firmware image; it starts kernel, if lpc.fwcfg is qemu."
+    )
     bootvars: str | None = key(None, doc="Its variable store, which it changes.")
     restore: str | None = key(None, doc="Checkpoint to go on from.")
     gdb_address: str = key(
@@ -197,7 +199,7 @@ class GlobalOptions(Options):
         parse=one_of("bhyve", "qemu"),
         name="lpc.fwcfg",
         preset=True,
-        doc="Firmware configuration interface.",
+        doc="Firmware configuration interface; OVMF needs qemu.",
     )
     lpc_bootrom: str | None = key(
         None, name="lpc.bootrom", doc="Old name of bootrom.", deprecated="bootrom"

@@ -36,7 +36,13 @@ SELECTOR_WRITE: Final = 1 << 14
 SIGNATURE: Final = 0x00
 ID: Final = 0x01
 NB_CPUS: Final = 0x05
+KERNEL_SIZE: Final = 0x08
+INITRD_SIZE: Final = 0x0B
 MAX_CPUS: Final = 0x0F
+KERNEL_DATA: Final = 0x11
+INITRD_DATA: Final = 0x12
+CMDLINE_SIZE: Final = 0x14
+CMDLINE_DATA: Final = 0x15
 FILE_DIR: Final = 0x19
 FILE_FIRST: Final = 0x20
 FILE_LAST: Final = 0x3FFF
@@ -103,6 +109,16 @@ class FwCfg(Device):
         self._files[name] = selector
         self._items[selector] = data
         self._update_directory()
+
+    def add_kernel(self, kernel: bytes, initrd: bytes, cmdline: bytes) -> None:
+        """Have firmware start a kernel, or any other program for EFI."""
+        for size, item, data in (
+            (KERNEL_SIZE, KERNEL_DATA, kernel),
+            (INITRD_SIZE, INITRD_DATA, initrd),
+            (CMDLINE_SIZE, CMDLINE_DATA, cmdline + b"\0"),
+        ):
+            self.add_item(size, struct.pack("<I", len(data)))
+            self.add_item(item, data)
 
     def file(self, name: str) -> bytes:
         """The contents of a file; KeyError: there is none of that name."""

@@ -19,6 +19,7 @@ from pybhyve.amd64.bootrom import Firmware
 from pybhyve.amd64.xmsr import host_vendor
 from pybhyve.bhyveload import loader
 from pybhyve.bhyveload.formats import make_plan
+from pybhyve.bhyveload.linux import DEFAULT_CMDLINE
 from pybhyve.bhyveload.plan import CpuState, LoadPlan
 from pybhyve.bhyverun import exitstatus, slots
 from pybhyve.bhyverun.cpuset import build_vcpumaps
@@ -31,6 +32,7 @@ from pybhyve.errors import (
     BhyveError,
     ConfigError,
     HostError,
+    ImageError,
     NotAvailableError,
     OptionError,
     VmNotFoundError,
@@ -134,6 +136,7 @@ def run(machine: Machine, affinity: dict[int, frozenset[int]]) -> SuspendHow | i
 def set_up(machine: Machine) -> None:
     """Put devices and tables into the machine, and listen to bhyvectl."""
     platform.init_platform(machine)
+    hand_over_kernel(machine)
     init_pci(machine)
     platform.late_init(machine)
     set_title(machine.ctx.name)
@@ -227,14 +230,33 @@ def set_memory_flags(ctx: VmCtx, options: GlobalOptions) -> None:
 def plan_kernel(
     options: GlobalOptions, memsize: int
 ) -> tuple[LoadPlan, CpuState] | None:
-    """``kernel``, ``initrd`` and ``cmdline`` as bhyveload has them; None: no kernel."""
-    if options.kernel is None:
+    """``kernel``, ``initrd`` and ``cmdline`` as bhyveload has them.
+
+    None: there is no kernel, or firmware starts it.
+    """
+    if options.kernel is None or options.bootrom is not None:
         return None
     lowmem = min(memsize, LOWMEM_LIMIT)
     initrd = None if options.initrd is None else Path(options.initrd)
     return make_plan(
         Path(options.kernel), initrd, options.cmdline, [], lowmem, memsize - lowmem
     )
+
+
+def hand_over_kernel(machine: Machine) -> None:
+    """Give ``kernel``, ``initrd`` and ``cmdline``, if set, to firmware to start."""
+    options = machine.options
+    if options.kernel is None or options.bootrom is None:
+        return
+    files = []
+    for path in (options.kernel, options.initrd):
+        try:
+            files.append(Path(path).read_bytes() if path is not None else b"")
+        except OSError as error:
+            raise ImageError(f"{path} cannot be read") from error
+    cmdline = DEFAULT_CMDLINE if options.cmdline is None else options.cmdline
+    kernel, initrd = files
+    machine.fwcfg.add_kernel(kernel, initrd, os.fsencode(cmdline))
 
 
 def set_title(name: str) -> None:
@@ -253,8 +275,15 @@ def finish(ctx: VmCtx, options: GlobalOptions, result: SuspendHow | int) -> int:
 
 def check_available(options: GlobalOptions) -> None:
     """Refuse at once what bhyve has and this version has not, and contradictions."""
-    if options.bootrom is not None and options.kernel is not None:
-        raise ConfigError("bootrom and kernel exclude each other: both start the VM")
+    if (
+        options.bootrom is not None
+        and options.kernel is not None
+        and options.lpc_fwcfg != "qemu"
+    ):
+        raise ConfigError(
+            "bootrom and kernel exclude each other: both start the VM "
+            "(with lpc.fwcfg=qemu the firmware starts the kernel)"
+        )
     missing = {
         "engine kvm": options.engine == "kvm",
         "the debug server (gdb.port)": options.gdb_port != 0,

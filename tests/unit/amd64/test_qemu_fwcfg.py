@@ -149,7 +149,11 @@ def test_dma_request_where_no_memory_is_goes_nowhere(rig):
     assert rig.driver.read(2) == b"\x03\0"
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     st.lists(
         st.tuples(
@@ -242,6 +246,17 @@ def test_state_goes_to_another(build):
     assert other.driver.read(4) == b"QEMU"
     with pytest.raises(ValueError, match="version"):
         other.fwcfg.restore({"version": 2})
+
+
+def test_kernel(rig):
+    rig.fwcfg.add_kernel(b"kernel", b"", b"console=ttyS0")
+    item = rig.driver.item
+
+    assert item(0x08, 4) == b"\6\0\0\0"
+    assert item(0x11, 6) == b"kernel"
+    assert item(0x0B, 4) == bytes(4)
+    assert item(0x14, 4) == b"\x0e\0\0\0"
+    assert item(0x15, 14) == b"console=ttyS0\0"
 
 
 def test_memory_map(build):

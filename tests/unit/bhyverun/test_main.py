@@ -148,6 +148,24 @@ def test_what_firmware_wrote_is_there_after_the_run(bootrom, tmp_path):
     VmDir.open("vm").destroy()
 
 
+def test_firmware_gets_the_kernel(capfd, bootrom, tmp_path):
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(b"\x15")
+    # Select item 0x11, read a byte, give it to pc-testdev as the exit status.
+    rom = bootrom("ba1005 b81100 ef 42 ec e6f4", "fwcfg=qemu")
+    argv = ["-D", "-s", "31,lpc", "-l", "pc-testdev", "-l", rom]
+
+    assert main([*argv, "-o", f"kernel={kernel}", "vm"]) == 0x15 << 1 | 1
+    assert main([*argv, "-o", f"kernel={kernel}.not", "-D", "vm"]) == 4
+    assert main([*argv, "-o", f"kernel={kernel}", "-o", "initrd=/no", "vm"]) == 4
+
+    assert lines(capfd) == [
+        f"bhyve: {kernel}.not cannot be read: No such file or directory",
+        "bhyve: /no cannot be read: No such file or directory",
+    ]
+    VmDir.open("vm").destroy()
+
+
 def test_a_vm_without_a_kernel_has_nothing_to_run(capfd):
     VmCtx.create("vm").close()
 
