@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
+from pybhyve.errors import HostError
+
 log = logging.getLogger(__name__)
 
 NUMTHR: Final = 8
@@ -52,9 +54,12 @@ class Pool:
         self._idle: list[Callable[[], None]] = []  # what wakes each of the others
         self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()
+        self._most = NUMTHR
         self._drained: list[threading.Event] = []  # of those who wait in drain()
         self._closing = False
         self._start_thread()
+        if not self._threads:
+            raise HostError("the host has no thread left for a disk")
 
     def submit(self, call: Callable[..., int], *args: Any, done: Done) -> BlockReq:
         """Have ``done(call(*args))`` called."""
@@ -77,7 +82,7 @@ class Pool:
     def wait(self, call: Callable[..., int], *args: Any) -> int:
         """Inside of a request: call what may wait for the host."""
         self._up.pop()
-        if not self._idle and len(self._threads) < NUMTHR:
+        if not self._idle and len(self._threads) < self._most:
             self._start_thread()
         if self._queue and not self._up:
             self._wake()
@@ -116,12 +121,18 @@ class Pool:
     def _start_thread(self) -> None:
         with self._starting:
             number = len(self._threads)
-            if number < NUMTHR:
+            if number < self._most:
                 name = f"blk {self._name} {number}"
                 thread = threading.Thread(target=self._work, name=name, daemon=True)
-                self._threads.append(thread)
                 self._up.append(None)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    self._up.pop()
+                    self._most = number
+                    log.warning("%s: %s: there are %d", self._name, error, number)
+                else:
+                    self._threads.append(thread)
 
     def _work(self) -> None:
         sleep = allocate_lock()

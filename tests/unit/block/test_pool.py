@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from pybhyve.block.pool import NUMTHR, Pool
+from pybhyve.errors import HostError
 from tests.unit.block.requests import Answer
 
 
@@ -162,6 +163,23 @@ def test_requests_from_a_done_are_done_too(pool):
 
     assert last.error() == 0
     pool.drain()
+
+
+def test_a_host_without_threads_to_spare(pool, monkeypatch, caplog):
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    answers = [Answer() for _ in range(20)]
+    for answer in answers:
+        pool.submit(pool.wait, lambda: 0, done=answer)
+    pool.drain()
+
+    assert [answer.errors for answer in answers] == [[0]] * 20
+    assert threads() == 1
+    assert caplog.text.count("can't start new thread") == 1
+    with pytest.raises(HostError, match="no thread left"):
+        Pool("other")
 
 
 def test_close_ends_every_thread():
