@@ -128,6 +128,8 @@ def _bhyve_directory() -> Path:
         built = sorted(
             firmware.glob(f"edk2-*.{RECIPE}"), key=lambda path: path.stat().st_mtime
         )
+        for left in firmware.glob("build-*"):  # by a run that was killed
+            shutil.rmtree(left)
         return built[-1] if built else _build(firmware)
 
 

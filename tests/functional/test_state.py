@@ -1,4 +1,4 @@
-"""The whole state moves to another machine while a kernel boots, and the boot goes on.
+"""The whole state moves to another machine during a boot, and the boot goes on.
 
 At pseudo-random moments the machine is paused; its variables, its state and its memory,
 as text and bytes, become another machine in the same process.  The last move is made
@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from pybhyve.amd64.bootrom import Firmware
 from pybhyve.bhyveload.loader import apply
 from pybhyve.bhyverun import exitstatus
 from pybhyve.bhyverun import main as bringup
@@ -32,11 +33,12 @@ from pybhyve.config import Config
 from pybhyve.variables import GlobalOptions
 from pybhyve.vmmapi import MB, SuspendHow, VmCtx
 from tests.functional.machine import BOOT_TIMEOUT
-from tools import guests
+from tools import firmware, guests
 
 MEMORY = 128 * MB
 MOVES = 5  # before the shell
 LOOK_SECONDS = 0.02
+GUID = "01234567-89ab-cdef-0123-456789abcdef"
 
 
 class Typist:
@@ -81,6 +83,7 @@ class Machines:
     def __init__(self) -> None:
         self.count = 0
         self._last: Machine | None = None
+        self._firmware: Firmware | None = None
 
     def set_up(self, config: Config, load: bool) -> Machine:
         self.end()
@@ -88,6 +91,7 @@ class Machines:
         self.count += 1
         options = GlobalOptions.parse(config)
         topology = calc_topology(options)
+        self._firmware = Firmware.open(options)
         ctx, _ = bringup.do_open(options, topology)
         bringup.init_vcpus(ctx, options, topology)
         ctx.setup_memory(MEMORY)
@@ -95,7 +99,7 @@ class Machines:
             plan = bringup.plan_kernel(options, MEMORY)
             assert plan is not None
             apply(ctx, *plan)
-        machine = Machine(ctx, config, options, topology.cpus)
+        machine = Machine(ctx, config, options, topology.cpus, firmware=self._firmware)
         self._last = machine
         bringup.set_up(machine)
         machine.start()
@@ -106,6 +110,9 @@ class Machines:
             self._last.halt()
             self._last.ctx.destroy()
             self._last = None
+        if self._firmware is not None:
+            self._firmware.close()
+            self._firmware = None
 
 
 @pytest.fixture
@@ -229,3 +236,46 @@ def test_boot_goes_on_in_another_machine(
     assert result is SuspendHow.POWEROFF
     assert typist.typed == 3
     assert exitstatus.of_suspend(result) == 1
+
+
+@pytest.fixture
+def firmware_typist() -> Iterator[Typist]:
+    typist = Typist(
+        [
+            ("startup.nsh", "\r"),
+            ("Shell> ", f"setvar Kept -guid {GUID} -bs -nv =0a141e28\r"),
+            ("Shell> ", f"setvar Kept -guid {GUID}\r"),
+            ("0A 14 1E 28.*Shell> ", "reset -s\r"),
+        ]
+    )
+    yield typist
+    typist.close()
+
+
+def test_firmware_goes_on_in_another_machine(
+    machines: Machines, firmware_typist: Typist, tmp_path: Path
+) -> None:
+    """Its variables' flash moves with it, in the middle of what it writes."""
+    typist = firmware_typist
+    variables = tmp_path / "VARS.fd"
+    argv = ["-m", str(MEMORY), "-s", "0,hostbridge", "-s", "31,lpc"]
+    argv += ["-l", f"com1,{typist.path}", "-l", firmware.bhyve().option(variables)]
+    config = new_config()
+    assert parse_args([*argv, "moved"], config) is None
+    machine = machines.set_up(config, load=False)
+    machine.vm.resume_cpu(0)
+
+    moments = random.Random(20013)
+    for _ in range(MOVES):
+        result = run_until(machine, time.monotonic() + moments.uniform(0.2, 1))
+        assert not isinstance(result, SuspendHow), typist.shown[-1000:]
+        machine = go_on(machines, *result)
+    result = run_until(machine, time.monotonic() + BOOT_TIMEOUT)
+    print(typist.shown.decode(errors="replace"))
+    machines.end()
+
+    assert result is SuspendHow.POWEROFF
+    assert typist.typed == 4
+    assert "Kept".encode("utf-16-le") + bytes.fromhex("0000 0a141e28") in (
+        variables.read_bytes()
+    )
