@@ -27,6 +27,8 @@ class Workload:
     ncpus: int = 1
     initrd: Path | None = None
     cmdline: str = ""
+    disks: tuple[Path, ...] = ()
+    """Images behind virtio-blk, from slot 4 on."""
 
     def bhyve(self, name: str) -> list[str]:
         """Our command."""
@@ -35,11 +37,13 @@ class Workload:
             image += ["-o", f"cmdline={self.cmdline}"]
         if self.initrd is not None:
             image += ["-o", f"initrd={self.initrd}"]
+        for slot, disk in enumerate(self.disks, 4):
+            image += ["-s", f"{slot},virtio-blk,{disk}"]
         program = Path(sys.executable).with_name("bhyve")
         return [str(program), *boot.arguments(image, self.ncpus, self.memory, name)]
 
     def qemu(self) -> list[str]:
-        """QEMU's command for the same machine: no devices but the serial port."""
+        """QEMU's command for the same machine: the serial port and the disks."""
         command = [QEMU, "-accel", "tcg", "-cpu", "max", "-machine", "pc"]
         command += ["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]
         command += ["-m", self.memory, "-smp", str(self.ncpus)]
@@ -48,6 +52,10 @@ class Workload:
             command += ["-append", self.cmdline]
         if self.initrd is not None:
             command += ["-initrd", str(self.initrd)]
+        for slot, disk in enumerate(self.disks, 4):
+            drive = f"file={disk},format=raw,if=none,id=disk{slot}"
+            device = f"virtio-blk-pci,drive=disk{slot},addr={slot:#x}"
+            command += ["-drive", drive, "-device", device]
         return command
 
 
@@ -58,14 +66,16 @@ class Stopwatch:
         self._runtime = tempfile.TemporaryDirectory()
         self.started = time.monotonic()
         self._output, output = os.pipe()
+        stdin, self._input = os.pipe()  # not closed before the end
         self._process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # never written to, never closed
+            stdin=stdin,
             stdout=output,
             stderr=output,
             env={**os.environ, "XDG_RUNTIME_DIR": self._runtime.name},
         )
         os.close(output)
+        os.close(stdin)
         self._unread = b""
         self._shown = b""
 
@@ -82,11 +92,16 @@ class Stopwatch:
         before, _, self._unread = self._unread.partition(wanted)
         return time.monotonic(), before.decode(errors="replace")
 
+    def send(self, text: str) -> None:
+        """Type."""
+        os.write(self._input, text.encode())
+
     def end(self) -> None:
         """Stop the machine."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
         os.close(self._output)
+        os.close(self._input)
         self._runtime.cleanup()
 
 

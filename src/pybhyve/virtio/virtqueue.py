@@ -98,6 +98,7 @@ class Ring:
         "taken",
         "used",
         "used_idx",
+        "vm",
     )
 
     def __init__(
@@ -107,6 +108,7 @@ class Ring:
 
         They are of the descriptors, the available ring and the used ring.
         """
+        self.vm = ctx.vm
         self.low_end = ctx.lowmem_size
         self.high_end = HIGHMEM_BASE + ctx.highmem_size
         lengths = (_DESC_SIZE * size, 6 + 2 * size, 6 + 8 * size)
@@ -143,33 +145,34 @@ class Ring:
         end = addr + length
         return end <= self.low_end or (addr >= HIGHMEM_BASE and end <= self.high_end)
 
-    def walk(
-        self,
-        table: memoryview | bytes,
-        entries: int,
-        index: int,
-        readable: Segments,
-        writable: Segments,
-        indirect: int,
-    ) -> tuple[int, int] | None:
-        """Follow a chain from descriptor ``index`` of a table and sort its segments.
-
-        Gives address and length of the indirect table at its end, if there is one and
-        ``indirect`` is not 0.  Raises DriverError.
-        """
+    def chain(self, index: int, features: int) -> Chain:
+        """The chain that begins with descriptor ``index``.  Raises DriverError."""
+        readable: Segments = []
+        writable: Segments = []
         unpack = _DESC.unpack_from
         low_end = self.low_end
+        head = index
+        table: memoryview | bytes = self.table
         # A chain may loop: there are no more steps than descriptors.
-        for _ in range(entries):
+        entries = left = self.size
+        indirect = features & VIRTIO_RING_F_INDIRECT_DESC
+        while left:
+            left -= 1
             if index >= entries:
                 raise DriverError(f"descriptor index {index} of {entries}")
             addr, length, flags, index = unpack(table, index * _DESC_SIZE)
             if addr + length > low_end and not self.is_ram(addr, length):
                 raise DriverError(f"a buffer at {addr:#x}+{length:#x} is not in RAM")
             if flags & VRING_DESC_F_INDIRECT:
+                # 2.7.5.3.1: only at the end of a chain, and not in such a table.
                 if not indirect or flags & VRING_DESC_F_NEXT:
                     raise DriverError("an indirect table where there must be none")
-                return addr, length
+                indirect = index = 0
+                entries = left = length // _DESC_SIZE
+                if length % _DESC_SIZE or not 0 < entries <= VQ_MAX_DESCRIPTORS:
+                    raise DriverError(f"an indirect table of {length} bytes")
+                table = self.vm.read_mem(addr, length)
+                continue
             if flags & VRING_DESC_F_WRITE:
                 if length:
                     writable.append((addr, length))
@@ -178,7 +181,7 @@ class Ring:
             elif length:
                 readable.append((addr, length))
             if not flags & VRING_DESC_F_NEXT:
-                return None
+                return Chain(head, readable, writable, self)
         raise DriverError(f"a chain of more than {entries} descriptors")
 
 
@@ -296,33 +299,13 @@ class VirtQueue:
             last = ring.last_avail
             if last == ring.avail_idx and not self._look(ring):
                 return None
-            head = ring.avail[2 + (last & ring.mask)]
-            readable: Segments = []
-            writable: Segments = []
-            indirect = self.features & VIRTIO_RING_F_INDIRECT_DESC
-            table = ring.walk(ring.table, ring.size, head, readable, writable, indirect)
-            if table is not None:
-                self._walk_indirect(ring, table, readable, writable)
+            chain = ring.chain(ring.avail[2 + (last & ring.mask)], self.features)
         except DriverError as error:
             self._stop(error)
             return None
         ring.last_avail = last + 1 & 0xFFFF
         ring.taken += 1
-        return Chain(head, readable, writable, ring)
-
-    def _walk_indirect(
-        self,
-        ring: Ring,
-        table: tuple[int, int],
-        readable: Segments,
-        writable: Segments,
-    ) -> None:
-        addr, length = table
-        entries = length // _DESC_SIZE
-        if length % _DESC_SIZE or not 0 < entries <= VQ_MAX_DESCRIPTORS:
-            raise DriverError(f"an indirect table of {length} bytes")
-        # A copy, as of one moment.
-        ring.walk(self._vm.read_mem(addr, length), entries, 0, readable, writable, 0)
+        return chain
 
     def _look(self, ring: Ring) -> bool:
         """Look for new chains; where there are none, ask for a notification."""
