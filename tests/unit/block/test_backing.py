@@ -227,3 +227,38 @@ def test_sectors_that_a_block_device_does_not_have(open_image, loop):
     assert write(blk, 512, b"odd" * 100) == 0
     assert read(blk, 512, 300) == b"odd" * 100
     blk.close()
+
+
+# -- a host that is full -------------------------------------------------------------
+
+FULL = """
+import errno, os, sys
+from pybhyve.block.backing import Backing, BlockOptions
+path = sys.argv[1] + "/disk.img"
+with open(path, "wb") as file:
+    file.truncate(1 << 20)
+disk = Backing(BlockOptions(path=path))
+page = [memoryview(b"x" * 4096)]
+errors = [disk.write(page, offset) for offset in range(0, 1 << 20, 4096)]
+print(*(errno.errorcode.get(error, error) for error in sorted(set(errors))))
+print(errors.index(errno.ENOSPC) > 0, disk.write(page, 0), disk.flush())
+print(errno.errorcode[disk.write([memoryview(bytes(1 << 20))], 0)])
+print(disk.delete(0, 1 << 20), disk.write(page, 1020 << 10))
+"""
+
+
+def test_a_full_file_system(tmp_path):
+    """A tmpfs of 256 KiB, which a namespace of its own lets anybody mount."""
+    done = subprocess.run(
+        [
+            *("unshare", "--mount", "--map-root-user", "sh", "-c"),
+            'mount -t tmpfs -o size=256k none "$0" && exec "$1" -c "$2" "$0"',
+            *(str(tmp_path), sys.executable, FULL),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["0 ENOSPC", "True 0 0", "ENOSPC", "0 0"]
