@@ -159,6 +159,7 @@ class BootVars(Device):
         self._status = SR_READY
         self._shows_status = True
         self._dirty = False  # changed since the file was written last
+        self._failing = False  # to write it
         self._changed = threading.Event()
         self._ending = threading.Event()
         self._storing = threading.Lock()
@@ -254,12 +255,16 @@ class BootVars(Device):
                 data = self._contents()
             try:
                 self._file.store(data)
+                self._failing = False
             except OSError as error:
                 # Tried again with the next change, and at the end.
                 self._dirty = True
-                log.error(  # noqa: TRY400  # one line is for the user, no traceback
-                    "the firmware's variables could not be written: %s", one_line(error)
-                )
+                if not self._failing or self._ending.is_set():
+                    log.error(  # noqa: TRY400  # one line, no traceback, for the user
+                        "the firmware's variables could not be written: %s",
+                        one_line(error),
+                    )
+                self._failing = True
 
     def _contents(self) -> bytes:
         offset = self._base - BOOTROM_BASE

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -91,6 +93,33 @@ def test_a_full_disk_leaves_the_old_one(path):
     assert (done.stdout, done.stderr) == ("File too large\n", "")
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_killed_process_leaves_one_whole_store(path):
+    script = (
+        "import sys\n"
+        "from pybhyve.amd64.varsfile import VarsFile\n"
+        "file = VarsFile(sys.argv[1])\n"
+        "print('ready', flush=True)\n"
+        "while True:\n"
+        "    for byte in b'ab':\n"
+        "        file.store(bytes([byte]) * 600_000)\n"
+    )
+    path.write_bytes(b"b" * 600_000)
+    moments = random.Random(20010)
+    for _ in range(10):
+        with subprocess.Popen(
+            [sys.executable, "-c", script, path], stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(moments.uniform(0, 0.1))
+            process.kill()
+        store = path.read_bytes()
+        assert len(store) == 600_000
+        assert len(set(store)) == 1
+    VarsFile(str(path)).close()
 
 
 def test_one_user_at_a_time(path):
