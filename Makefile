@@ -63,6 +63,7 @@ bench: $(VENV)/.developed ## Boot times and instructions per second, beside QEMU
 	@$(BIN)/python -m benchmarks.mips
 	@$(BIN)/python -m benchmarks.boot
 	@$(BIN)/python -m benchmarks.exits
+	@$(BIN)/python -m benchmarks.net
 
 fuzz-cpu: ## Random instructions against this processor, for FUZZ_SECONDS
 	@echo "== fuzz-cpu, $(FUZZ_SECONDS) s"

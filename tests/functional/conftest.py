@@ -39,9 +39,10 @@ def _starter(programs: Programs) -> Iterator[Starter]:
         guest: guests.Guest | None = None,
         ncpus: int = 1,
         memory: str = "512M",
+        enter: Sequence[str] = (),
     ) -> Machine:
         args = boot.arguments(image, ncpus, memory, name)
-        machine = Machine(name, guest, ncpus, programs.bhyve(*args))
+        machine = Machine(name, guest, ncpus, programs.bhyve(*args, enter=enter))
         started.append(machine)
         return machine
 

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +26,12 @@ class Programs:
     env: Mapping[str, str]
     logs: Path
 
-    def bhyve(self, *args: str) -> Console:
-        """Start bhyve on a terminal."""
+    def bhyve(self, *args: str, enter: Sequence[str] = ()) -> Console:
+        """Start bhyve on a terminal, by way of ``enter``, a command's beginning."""
         name = re.sub(r"[^A-Za-z0-9.-]", "_", args[-1] if args else "none")
         numbered = (self.logs / f"{name}.{i}.log" for i in itertools.count())
         log = next(path for path in numbered if not path.exists())
-        return Console([str(PROGRAM_DIR / "bhyve"), *args], log, self.env)
+        return Console([*enter, str(PROGRAM_DIR / "bhyve"), *args], log, self.env)
 
     def run(
         self, program: str, *args: str, timeout: float = 60
