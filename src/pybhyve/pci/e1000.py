@@ -328,6 +328,7 @@ class PciE1000(PciDevice[NetOptions]):
         self.add_bar(BAR_REGISTER, BAR_MEM32, REGISTER_LEN)
         self.add_bar(BAR_FLASH, BAR_MEM32, FLASH_LEN)
         self.add_bar(BAR_IOSPACE, BAR_IO, IO_LEN)
+        self.add_rom(options.rom)
         self.add_intx()
         self._loop = machine.mevent
         self._vm = machine.ctx.vm

@@ -315,6 +315,9 @@ class PciDevice(Device, Generic[OptionsT]):
         self.intx_pin = 0
         self._intx_level = False  # what the device asks for
         self._intx_driven = False  # what is on the line
+        # What the command register and the capabilities say, see _read_switches().
+        self._bus_master = True
+        self._intx_allowed = True
         self._msi_cap = 0
         self._msix_cap = 0
         self._cap_end = PCIR_HEADER_END
@@ -516,16 +519,19 @@ class PciDevice(Device, Generic[OptionsT]):
 
     def config_read(self, offset: int, size: int) -> int:
         """An aligned read of 1, 2 or 4 bytes below 256."""
-        return self._config.get(offset, size)
+        value = self._config.get(offset, size)
+        if offset <= PCIR_STATUS < offset + size and self._intx_level:
+            # 6.2.3: it shows the level even while the line is disabled.
+            value |= PCIM_STATUS_INTX << 8 * (PCIR_STATUS - offset)
+        return value
 
     def config_write(self, offset: int, size: int, value: int) -> None:
         """An aligned write of 1, 2 or 4 bytes below 256."""
         config = self._config
         end = offset + size
         mask = int.from_bytes(config.writable[offset:end], "little")
-        with self.irq_lock:  # the status register changes by itself
-            old = config.get(offset, size)
-            config.put(offset, size, old & ~mask | value & mask)
+        old = config.get(offset, size)
+        config.put(offset, size, old & ~mask | value & mask)
         if offset < PCIR_STATUS and end > PCIR_COMMAND:
             self._update_bars()
             self._update_interrupts()
@@ -555,6 +561,7 @@ class PciDevice(Device, Generic[OptionsT]):
         if route is not None:
             self._config.put(PCIR_INTLINE, 1, irq)
         self._config.at_reset = bytes(self._config.data)
+        self._read_switches()
         self._update_bars()
 
     def _bar_address(self, bar: Bar) -> int:
@@ -636,35 +643,31 @@ class PciDevice(Device, Generic[OptionsT]):
             self._update_intx()
 
     def _send_msi(self, address: int, data: int) -> None:
-        command = self._config.get(PCIR_COMMAND, 2)
-        if address >> 20 == MSI_ADDRESS and command & PCIM_CMD_BUSMASTEREN:
+        if self._bus_master and address >> 20 == MSI_ADDRESS:
             self.machine.vm.lapic_msi(address, data)
 
     def _update_interrupts(self) -> None:
         """The command register or a capability changed."""
         with self.irq_lock:
+            self._read_switches()
             if self.msix is not None:
-                self._update_msix(self.msix)
                 self.msix.deliver_pending()
             self._update_intx()
 
-    def _update_msix(self, msix: MsixTable) -> None:
-        ctrl = self._config.get(self._msix_cap + PCIR_MSIX_CTRL, 2)
-        msix.active = bool(ctrl & PCIM_MSIXCTRL_MSIX_ENABLE) and not self.msi_enabled()
-        msix.masked = bool(ctrl & PCIM_MSIXCTRL_FUNCTION_MASK)
+    def _read_switches(self) -> None:
+        command = self._config.get(PCIR_COMMAND, 2)
+        self._bus_master = bool(command & PCIM_CMD_BUSMASTEREN)
+        msi = self.msi_enabled()
+        if self.msix is not None:
+            ctrl = self._config.get(self._msix_cap + PCIR_MSIX_CTRL, 2)
+            self.msix.active = bool(ctrl & PCIM_MSIXCTRL_MSIX_ENABLE) and not msi
+            self.msix.masked = bool(ctrl & PCIM_MSIXCTRL_FUNCTION_MASK)
+        self._intx_allowed = not (
+            command & PCIM_CMD_INTXDIS or msi or self.msix_enabled()
+        )
 
     def _update_intx(self) -> None:
-        # 6.2.3: the status bit shows the level even while the line is disabled.
-        status = self._config.get(PCIR_STATUS, 2) & ~PCIM_STATUS_INTX
-        if self._intx_level:
-            status |= PCIM_STATUS_INTX
-        self._config.put(PCIR_STATUS, 2, status)
-        level = (
-            self._intx_level
-            and not self._config.get(PCIR_COMMAND, 2) & PCIM_CMD_INTXDIS
-            and not self.msi_enabled()
-            and not self.msix_enabled()
-        )
+        level = self._intx_level and self._intx_allowed
         if level != self._intx_driven and self.intx is not None:
             self._intx_driven = level
             self.host.router.set_level(self.intx, level)
@@ -678,6 +681,7 @@ class PciDevice(Device, Generic[OptionsT]):
             self._config.data[:] = self._config.at_reset
             if self.msix is not None:
                 self.msix.reset()
+            self._read_switches()
         self._update_bars()
         self.reset_device()
 
@@ -698,8 +702,8 @@ class PciDevice(Device, Generic[OptionsT]):
             raise ValueError(f"{self.NAME}: unknown state version {state['version']}")
         with self.irq_lock:
             self._config.data[:] = state["config"]
+            self._read_switches()
             if self.msix is not None:
-                self._update_msix(self.msix)
                 self.msix.restore(state["msix"])
             self._intx_level, self._intx_driven = state["intx"]
         self._update_bars()

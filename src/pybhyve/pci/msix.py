@@ -37,6 +37,8 @@ class MsixTable:
     def reset(self) -> None:
         """All vectors masked, none pending, MSI-X disabled."""
         self._table = bytearray(_ENTRY.pack(0, 0, MSIX_VECTOR_MASKED) * self.count)
+        # What to send for each vector; None: it is masked.
+        self._messages: list[tuple[int, int] | None] = [None] * self.count
         self._pending = 0
         self.active = False
         self.masked = False
@@ -59,17 +61,22 @@ class MsixTable:
             self._table[base] &= 0xFC  # message addresses are of dwords
             ctrl = self._table[base + _CTRL] & MSIX_VECTOR_MASKED
             self._table[base + _CTRL : base + MSIX_ENTRY_SIZE] = bytes((ctrl, 0, 0, 0))
+            self._messages[index] = self._message(index)
         self.deliver_pending()
 
     def trigger(self, index: int) -> None:
         """Interrupt ``index`` happens: send it, or note that it is pending."""
         if not self.active or not 0 <= index < self.count:
             return
-        address, data, ctrl = _ENTRY.unpack_from(self._table, index * MSIX_ENTRY_SIZE)
-        if self.masked or ctrl & MSIX_VECTOR_MASKED:
+        message = self._messages[index]
+        if self.masked or message is None:
             self._pending |= 1 << index
         else:
-            self._send(address, data)
+            self._send(*message)
+
+    def _message(self, index: int) -> tuple[int, int] | None:
+        address, data, ctrl = _ENTRY.unpack_from(self._table, index * MSIX_ENTRY_SIZE)
+        return None if ctrl & MSIX_VECTOR_MASKED else (address, data)
 
     def deliver_pending(self) -> None:
         """Send what waited for a mask that is gone."""
@@ -90,4 +97,5 @@ class MsixTable:
         if len(state["table"]) != len(self._table):
             raise ValueError("MSI-X table of another size")
         self._table = bytearray(state["table"])
+        self._messages = [self._message(index) for index in range(self.count)]
         self._pending = state["pending"]
