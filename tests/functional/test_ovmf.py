@@ -25,7 +25,7 @@ def variables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bootrom(variables: Path) -> list[str]:
-    return ["-l", f"{firmware.ovmf().option(variables)},fwcfg=qemu"]
+    return ["-l", firmware.ovmf().option(variables)]
 
 
 def test_shell(start: Starter, variables: Path) -> None:
