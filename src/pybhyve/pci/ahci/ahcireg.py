@@ -75,7 +75,6 @@ CMD_STORED: Final = (
 STS_ERR: Final = 0x01
 STS_DRQ: Final = 0x08
 STS_DSC: Final = 0x10
-STS_DF: Final = 0x20
 STS_DRDY: Final = 0x40
 STS_BSY: Final = 0x80
 STS_OF_SDB: Final = 0x77  # what a set device bits FIS changes
@@ -154,18 +153,16 @@ PRD_DBC: Final = 0x3FFFFF
 PRD_I: Final = 1 << 31
 
 # 4.2.1 Received FISes
-RFIS_DSFIS: Final = 0x00
 RFIS_PSFIS: Final = 0x20
 RFIS_RFIS: Final = 0x40
 RFIS_SDBFIS: Final = 0x58
 
 FIS_H2D: Final = 0x27
 FIS_D2H: Final = 0x34
-FIS_DMA_SETUP: Final = 0x41
 FIS_PIO_SETUP: Final = 0x5F
 FIS_SDB: Final = 0xA1
 FIS_C: Final = 0x80  # H2D byte 1: a command, not device control
 FIS_I: Final = 0x40  # D2H byte 1: interrupt
-FIS_D: Final = 0x20  # PIO and DMA setup byte 1: to the host
+FIS_D: Final = 0x20  # PIO setup byte 1: to the host
 FIS_H2D_SIZE: Final = 20
 CONTROL_SRST: Final = 0x04  # of the device control register, H2D byte 15

@@ -47,7 +47,6 @@ SET_FEATURES: Final = 0xEF
 SF_TRANSFER_MODE: Final = 0x03
 POWER_ACTIVE: Final = 0xFF
 
-FEATURES_DMA: Final = 0x01  # of PACKET
 REASON_STATUS: Final = 0x03  # interrupt reason: to the host, no data
 
 # MMC and SPC commands.

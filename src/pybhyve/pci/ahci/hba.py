@@ -256,13 +256,22 @@ class PciAhci(PciDevice[AhciOptions]):
             return
         with self.irq_lock:
             self.regs.GHC = GHC_AE | value & GHC_IE
-            self._update(everything=True)
+            self._signal(self.regs.IS)
 
     @HbaRegs.IS.write
     def _acknowledge(self, value: int) -> None:
         with self.irq_lock:
-            self.regs.IS &= ~value
-            self._update(everything=False)
+            seen = self.regs.IS & value
+            self.regs.IS &= ~seen
+            again = 0
+            while seen:
+                bit = seen & -seen
+                seen &= ~bit
+                if self.ports[bit.bit_length() - 1].pending:
+                    again |= bit
+            # What has come up since the driver looked is a new event.
+            self.regs.IS |= again
+            self._signal(again)
 
     def _reset_regs(self) -> None:
         with self.irq_lock:
@@ -273,7 +282,7 @@ class PciAhci(PciDevice[AhciOptions]):
                 for number, port in enumerate(self.ports)
                 if port.device is not None
             )
-            self._set_level(False)
+            self._set_level()
 
     def _reset_all(self) -> None:
         """A reset of the adapter (10.4.3); it lasts until no I/O is under way."""
@@ -292,37 +301,33 @@ class PciAhci(PciDevice[AhciOptions]):
             self.regs.IS |= bit
             if not self.regs.GHC & GHC_IE:
                 return
-            self._set_level(True)
             messages = self.msi_count()
             # 10.6.2.3: ports for which there are not enough share the last one, and
             # it is only sent when there was nothing to know of before.
             own = len(self.ports) <= messages or number < messages - 1
-            if messages and (own or not known):
+            if not messages:
+                self._set_level()
+            elif own or not known:
                 self.generate_msi(min(number, messages - 1))
 
-    def _update(self, everything: bool) -> None:
-        """Bring IS, and what is sent for it, in line with the ports.
-
-        What a driver has not seen before it cleared a bit is up again, as a new event.
-        """
-        before = 0 if everything else self.regs.IS
-        for number, port in enumerate(self.ports):
-            if port.pending:
-                self.regs.IS |= 1 << number
-        enabled = bool(self.regs.GHC & GHC_IE)
-        self._set_level(enabled and self.regs.IS != 0)
+    def _signal(self, new: int) -> None:
+        """Have the driver know of the ports whose bits are ``new`` in IS."""
         messages = self.msi_count()
-        if not enabled or not messages:
-            return
-        new = self.regs.IS & ~before
-        for number in {
-            min(number, messages - 1)
-            for number in range(len(self.ports))
-            if new >> number & 1
-        }:
-            self.generate_msi(number)
+        if not messages:
+            self._set_level()
+        elif new and self.regs.GHC & GHC_IE:
+            ports = (number for number in range(PORTS_MAX) if new >> number & 1)
+            for message in sorted({min(port, messages - 1) for port in ports}):
+                self.generate_msi(message)
 
-    def _set_level(self, level: bool) -> None:
+    def config_written(self, offset: int, size: int) -> None:
+        """MSI may be on or off now."""
+        with self.irq_lock:
+            self._set_level()
+
+    def _set_level(self) -> None:
+        """Bring the interrupt line up or down, where there are no messages."""
+        level = bool(self.regs.IS and self.regs.GHC & GHC_IE and not self.msi_enabled())
         if level != self._level:
             self._level = level
             if level:

@@ -104,7 +104,9 @@ class Port:
         self._slot = SLOTS - 1  # the last one fetched
         self._error = False  # the list waits until its driver has cleared PxCMD.ST
         self._srst = False  # a software reset has begun
-        self._link_due = False  # the link comes up when the aborted I/O is done
+        # What comes when aborted I/O is done, so that none of it meets what follows.
+        self._link_due = False  # the link is up
+        self._soft_due = False  # a software reset is over
         self._paused = False
         if device is not None:
             device.attach(self)
@@ -212,7 +214,7 @@ class Port:
     def _link_down(self, status: int) -> None:
         regs = self.regs
         self._abort()
-        self._link_due = False
+        self._link_due = self._soft_due = False
         regs.SSTS = status
         regs.SIG = SIG_NONE
         regs.TFD = TFD_NONE
@@ -227,7 +229,7 @@ class Port:
         limit = (regs.SCTL & SPD_MASK) >> SPD_SHIFT
         speed = min(limit or SPD_GEN3, SPD_GEN3)
         regs.SSTS = SSTS_PRESENT | speed << SPD_SHIFT
-        self._srst = False
+        self._srst = self._soft_due = False
         self.device.reset()
         self._send_signature(self.device)
 
@@ -273,6 +275,10 @@ class Port:
             self.regs.CMD &= ~(CMD_CR | CMD_CCS)
         if self._link_due:
             self._link_up()
+        if self._soft_due and self.device is not None:
+            self._soft_due = False
+            self.device.soft_reset()
+            self._send_signature(self.device)
 
     # -- the command list ------------------------------------------------------------
 
@@ -315,10 +321,11 @@ class Port:
             self._srst = True
             self._abort()
             self.regs.SACT = 0
-        elif self._srst and self.device is not None:
+        elif self._srst:
             self._srst = False
-            self.device.soft_reset()
-            self._send_signature(self.device)
+            self.regs.TFD |= STS_BSY
+            self._soft_due = True
+            self._settle()
 
     def _do(self, command: Command, what: Callable[..., None], *args: Any) -> None:
         """Have the device go on with a command, whose memory may be none."""

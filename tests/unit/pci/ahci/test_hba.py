@@ -241,6 +241,23 @@ def test_intx_is_a_level(driver):
     assert (hba.get("IS"), levels(hba.machine)) == (0, ["ioapic_deassert_irq"])
 
 
+def test_the_line_while_messages_are_on(driver):
+    hba = driver(port__0__type="hd")
+    hba.set("GHC", reg.GHC_IE)
+    port = hba.port(0)
+    port.start()
+    levels(hba.machine)
+    port.run(h2d28(0xE5))
+    assert levels(hba.machine) == ["ioapic_assert_irq"]
+    hba.function.enable_msi(VECTOR)
+    assert levels(hba.machine) == ["ioapic_deassert_irq"]
+    port.run(h2d28(0xE5))
+    assert levels(hba.machine) == []
+    ctrl = hba.function.capability(5) + 2
+    hba.function.write(ctrl, 2, 0)
+    assert levels(hba.machine) == ["ioapic_assert_irq"]
+
+
 def messages(machine) -> list[int]:
     return [wire[2] for wire in machine.vm.take() if wire[0] == "lapic_msi"]
 
@@ -400,6 +417,26 @@ def test_software_reset(disk):
     assert disk.get("CI") == 0
     assert (disk.get("TFD"), disk.get("SIG")) == (0x150, 0x101)
     assert disk.fis(reg.RFIS_RFIS)[:4] == b"\x34\0\x50\x01"
+
+
+def test_a_software_reset_waits_for_what_is_under_way(disk):
+    gate = Gate(disk)
+    disk.prepare(0, queued(0x60, 0), [(disk.buffer(0), 512)])
+    disk.issue(0, active=True)
+    gate.begun.wait(10)
+    srst = bytearray(20)
+    srst[0], srst[15] = reg.FIS_H2D, 4
+    disk.prepare(1, bytes(srst))
+    disk.issue(1)
+    srst[15] = 0
+    disk.prepare(2, bytes(srst))
+    disk.issue(2)
+
+    assert disk.get("TFD") & reg.STS_BSY
+
+    gate.open.set()
+    disk.wait(lambda: not disk.get("TFD") & reg.STS_BSY)
+    assert (disk.get("TFD"), disk.get("SACT")) == (0x150, 0)
 
 
 # -- state ---------------------------------------------------------------------------
