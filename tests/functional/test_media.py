@@ -103,8 +103,6 @@ def test_ipxe_iso(boot: Boot, name: str) -> None:
     console.expect("Press Ctrl-B", TIMEOUT)
     console.send("\x02")
     console.expect("iPXE> ", 30)
-    console.send("echo on ${platform}\r")
-    console.expect("on pcbios" if name == "seabios" else "on efi", 30)
 
 
 def text_screen(programs: Programs, name: str) -> str:
@@ -141,15 +139,17 @@ def test_memtest_efi_program_wants_a_screen(boot: Boot) -> None:
 
 def test_grub_shell(boot: Boot, tmp_path: Path) -> None:
     disk = media.grub(tmp_path / "grub.img", {"words.txt": b"from a disk\n"})
-    iso = fetch.package("memtest86+").file("usr/lib/memtest86+/memtest86+x64.iso")
-    slots = f"3:0,ahci-hd,{disk}", f"4:0,ahci-cd,{iso}"
+    # Not one that starts: firmware would take a CD first.
+    disc = media.fat(tmp_path / "disc.img", {"more/words.txt": b"from a disc\n"})
+    slots = f"3:0,ahci-hd,{disk}", f"4:0,ahci-cd,{disc}"
     shell = GrubShell(boot("grub", *slots, image=uefi()))
 
-    assert "(hd0)" in shell.run("ls")
-    assert "(cd0)" in shell.run("ls")
+    devices = shell.run("ls")
+    assert "(hd0)" in devices
+    assert "(cd0)" in devices
     assert "words.txt" in shell.run("ls (hd0)/")
     assert "from a disk" in shell.run("cat (hd0)/words.txt")
-    assert "bootx64.efi" in shell.run("ls (cd0)/EFI/BOOT")
+    assert "from a disc" in shell.run("cat (cd0)/more/words.txt")
     functions = shell.run("lspci")
     for place, ids in (("00:00.0", "1275:1275"), ("00:03.0", "8086:2821")):
         assert re.search(rf"{place} {ids}", functions), functions
