@@ -87,6 +87,9 @@ class Vcpu:
     def reset(self) -> None:
         """Power-on state of a processor (bhyve's vcpu_reset())."""
 
+    def init(self) -> None:
+        """What INIT leaves of a processor: MTRRs, other MSRs and the FPU stay."""
+
     def get_register(self, reg: int) -> int: ...
     def set_register(self, reg: int, value: int) -> None: ...
     def get_desc(self, reg: int) -> tuple[int, int, int]:
@@ -155,7 +158,7 @@ class Vm:
         """Write RAM, and ROM as well; VmmError EFAULT, and nothing written, elsewhere."""
 
     def view(self, gpa: int, length: int, writable: bool = False) -> MemView:
-        """VmmError EFAULT when the range is not inside one mapping."""
+        """VmmError EFAULT when the range is not inside one mapping, or in ROM to write."""
 
     def view_memseg(
         self, segid: int, offset: int, length: int, writable: bool = False

@@ -71,7 +71,7 @@ def linux(start_for_module: Starter, variables: Path, text: Path) -> Machine:
         *("-f", "name=opt/org.example/hello,string=world"),
         *("-f", f"opt/org.example/text,file={text}"),
         *("-U", UUID),
-        *("-s", "3,uart", "-s", "4,dummy"),
+        *("-s", "3,uart", "-s", "4,dummy", "-s", "1:2:0,dummy", "-Y"),
     ]
     machine = start_for_module("ovmf-linux", image, guest=guest, ncpus=2)
     machine.console.expect(re.escape(guest.prompt), BOOT_TIMEOUT)
@@ -140,11 +140,19 @@ def test_bars_are_where_firmware_put_them(linux: Machine) -> None:
     assert not re.search(
         "no compatible bridge|can't claim|failed to assign|conflict|not ECAM", log
     )
-    resources = linux.console.run("cat /sys/bus/pci/devices/0000:00:04.0/resource")
-    starts = [int(line.split()[0], 16) for line in resources.splitlines()[:3]]
-    # OVMF's places, which are not ours: I/O from 0xC000, memory from 2 GiB.
-    assert 0xC000 <= starts[0] < 0x10000
-    assert all(0x80000000 <= start < 0x80100000 for start in starts[1:])
+    # OVMF's places on bus 0: I/O from 0xC000, memory from 2 GiB.  Others it leaves.
+    port, *memory = bars(linux, "0000:00:04.0")
+    assert 0xC000 <= port < 0x10000
+    assert all(0x80000000 <= start < 0x80100000 for start in memory)
+    port, *memory = bars(linux, "0000:01:02.0")
+    assert 0x2000 <= port < 0x3000
+    assert all(0xC0000000 <= start < 0xC0400000 for start in memory)
+
+
+def bars(machine: Machine, place: str) -> list[int]:
+    """The addresses of the first three BARs."""
+    lines = machine.console.run(f"cat /sys/bus/pci/devices/{place}/resource")
+    return [int(line.split()[0], 16) for line in lines.splitlines()[:3]]
 
 
 def test_power_off(linux: Machine) -> None:

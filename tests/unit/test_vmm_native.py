@@ -215,6 +215,36 @@ def test_a_view_is_read_only_unless_asked() -> None:
         null.readinto(view)
 
 
+def test_a_writable_view_is_not_of_rom() -> None:
+    vm = machine()
+    vm.create_memseg(8, "bootrom", 0x2000)
+    vm.mmap_memseg(0xFFFFE000, 8, 0, 0x2000, prot=5)
+
+    assert len(vm.view(0xFFFFE000, 16)) == 16
+    with pytest.raises(VmmError) as error:
+        vm.view(0xFFFFE000, 16, writable=True)
+    assert error.value.errno == errno.EFAULT
+
+
+def test_init_leaves_what_a_reset_does_not() -> None:
+    vcpu = machine().vcpu(0)
+    state = vcpu.save()
+    set_up = {"mtrr_def_type": 0xC06}
+    state["cpu"]["msr"] |= set_up
+    vcpu.restore(state)
+
+    vcpu.init()
+
+    cpu = vcpu.save()["cpu"]
+    assert cpu["rip"] == 0xFFF0
+    assert not cpu["wait_sipi"]
+    assert set_up.items() <= cpu["msr"].items()
+
+    vcpu.reset()
+
+    assert vcpu.save()["cpu"]["msr"]["mtrr_def_type"] == 0
+
+
 def test_a_view_keeps_its_memory() -> None:
     vm = machine()
     window = memoryview(vm.view(0x2000, 4, writable=True))

@@ -129,6 +129,10 @@ impl Vcpu {
         py.detach(|| self.vcpu.reset());
     }
 
+    fn init(&self, py: Python<'_>) {
+        py.detach(|| self.vcpu.init());
+    }
+
     fn get_register(&self, py: Python<'_>, reg: u32) -> Result<u64> {
         let reg = register(reg)?;
         Ok(self.with_cpu(py, |cpu| cpu.get_register(reg)))

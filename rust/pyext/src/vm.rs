@@ -123,6 +123,9 @@ impl Vm {
     #[pyo3(signature = (gpa, length, writable = false))]
     fn view(&self, gpa: u64, length: u64, writable: bool) -> Result<MemView> {
         let map = self.vm.mem.map_at(gpa, length)?;
+        if writable && map.prot & vmm::memory::PROT_WRITE == 0 {
+            return Err(vmm::error::Error::BadAddress { gpa, len: length }.into());
+        }
         let offset = map.offset + (gpa - map.gpa);
         MemView::new(Arc::clone(&self.vm), map.segment, offset, length as usize, writable)
     }

@@ -362,6 +362,19 @@ impl Vcpu {
     pub fn reset(&self) {
         let mut cpu = self.freeze();
         cpu.reset();
+        self.not_started();
+    }
+
+    /// What INIT leaves of the processor, for a start-up IPI that comes now: MTRRs and other
+    /// MSRs, x87 and vector registers stay.
+    pub fn init(&self) {
+        let mut cpu = self.freeze();
+        cpu.init();
+        cpu.wait_sipi = false;
+        self.not_started();
+    }
+
+    fn not_started(&self) {
         self.life.started.store(false, Ordering::Relaxed);
         self.life.halted.store(false, Ordering::Relaxed);
     }

@@ -249,6 +249,12 @@ class FwCfg(Device):
         """Take back what save() gave."""
         if state["version"] != 1:
             raise ValueError(f"fw_cfg: unknown state version {state['version']}")
+        if (
+            not 0 <= state["selector"] <= 0xFFFF
+            or state["offset"] < 0
+            or not 0 <= state["dma_high"] <= 0xFFFFFFFF
+        ):
+            raise ValueError("fw_cfg: damaged state")
         with self._lock:
             self._selector = state["selector"]
             self._offset = state["offset"]

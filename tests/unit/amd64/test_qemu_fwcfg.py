@@ -137,6 +137,15 @@ def test_dma_that_cannot_be_done_says_so(rig, command, length, address):
     assert rig.driver.item(0, 4) == b"QEMU"
 
 
+def test_dma_does_not_write_rom(build, tmp_path):
+    rom = tmp_path / "rom"
+    rom.write_bytes(bytes(4096))
+    rig = Rig(build, bootrom=str(rom))
+
+    assert rig.driver.dma(SELECT | READ, 4, address=(1 << 32) - 16) == ERROR
+    assert rig.machine.ctx.read((1 << 32) - 16, 16) == bytes(16)
+
+
 def test_dma_request_where_no_memory_is_goes_nowhere(rig):
     rig.driver.select(5)
     for access in (MEMORY, 0xF_FFFF_FFF0):
@@ -246,6 +255,9 @@ def test_state_goes_to_another(build):
     assert other.driver.read(4) == b"QEMU"
     with pytest.raises(ValueError, match="version"):
         other.fwcfg.restore({"version": 2})
+    for key, value in (("selector", 1 << 16), ("offset", -1), ("dma_high", 1 << 32)):
+        with pytest.raises(ValueError, match="damaged"):
+            other.fwcfg.restore(one.fwcfg.save() | {key: value})
 
 
 def test_kernel(rig):
