@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from pybhyve.console import Backend, open_backend
-from pybhyve.console.backend import HIGH_WATER
+from pybhyve.console.backend import HIGH_WATER, PACE_SECONDS, Stream
 from pybhyve.console.stdio import EscapeFilter
 from pybhyve.console.tcp import TcpBackend, parse_address
 from pybhyve.console.tty import PtyBackend, TtyBackend
@@ -167,6 +167,42 @@ def test_a_slow_reader_makes_the_port_wait_and_loses_nothing(loop):
 
         assert guest.drains == 1
     backend.halt()
+
+
+def test_output_comes_in_few_pieces(loop):
+    """The first byte at once, then what PACE_SECONDS bring."""
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    null = os.open(os.devnull, os.O_RDONLY)
+    stream = Stream(loop, Guest(), null, theirs, unwanted)
+    stream.close_input()
+    pieces: list[bytes] = []
+    stamps: list[float] = []
+
+    def read():
+        pieces.append(os.read(ours, 1000))
+        stamps.append(time.monotonic())
+
+    reader = loop.add_read(ours, read)
+    count = 200
+
+    def print_one():
+        nonlocal count
+        stream.write(0x41)
+        count -= 1
+        if count:
+            loop.call_soon_threadsafe(print_one)
+
+    begun = time.monotonic()
+    print_one()
+    run_until(loop, lambda: sum(map(len, pieces)) == 200)
+
+    assert len(pieces) <= 2 + (stamps[-1] - begun) / PACE_SECONDS
+    assert len(pieces) < 100
+    loop.delete(reader)
+    stream.close()
+    for fd in (ours, theirs, null):
+        os.close(fd)
 
 
 def test_halt_waits_for_a_reader_that_reads(loop):

@@ -136,6 +136,31 @@ def test_moving_a_bar(rig):
     assert rig.machine.mem.read(0, 0xC0000010, 1) == 0xFF
 
 
+@pytest.mark.parametrize(
+    "address",
+    [0x50000000, 0xC0000000 - 0x10000, 0xF0000000, 1 << 32, 0x1234 << 32],
+    ids=hex,
+)
+def test_a_bar_decodes_outside_of_its_window(rig, address):
+    rig.set(0x1C, 4, address & ONES)
+    rig.set(0x20, 4, address >> 32)
+
+    assert rig.probe.bars[3].addr == address
+    assert rig.machine.mem.read(0, address + 0x10, 1) == 0x10
+    assert rig.machine.mem.read(0, 0xC0000010, 1) == 0xFF
+
+
+def test_sizing_while_a_bar_decodes_leaves_it_where_it_was(rig):
+    for reg in range(0x10, 0x28, 4):
+        before = rig.get(reg)
+        rig.set(reg, 4, ONES)
+        rig.set(reg, 4, before)
+
+    assert rig.machine.inout.owner(0x2000) == "probe 0:5:0 BAR0"
+    assert rig.machine.mem.read(0, (32 << 30) + 0x10, 1) == 0x10
+    assert rig.machine.mem.read(0, 0xC0000010, 1) == 0x10
+
+
 def test_command_register_switches_decoding(rig):
     rig.set(0x04, 2, 0)
 
