@@ -30,6 +30,8 @@ pub mod mode {
     pub const FLAT: u8 = 1 << 3;
     /// One instruction only.
     pub const SINGLE: u8 = 1 << 4;
+    /// SSE and AVX instructions are allowed.
+    pub const VECTOR: u8 = 1 << 5;
 }
 
 pub struct Block {
@@ -62,6 +64,11 @@ impl Block {
         // SAFETY: callers are on the thread that has the block's vCPU, and none keeps the
         // reference while another is taken.
         unsafe { (*self.code.get()).as_deref_mut() }
+    }
+
+    /// The mode bits that it was decoded with.
+    pub fn mode(&self) -> u8 {
+        self.key as u8
     }
 
     pub fn set_code(&self, code: Code) {
@@ -156,8 +163,9 @@ impl Cache {
         self.space = asid;
     }
 
-    pub fn set_mode(&mut self, bits: u32, big_stack: bool, flat: bool) {
+    pub fn set_mode(&mut self, bits: u32, big_stack: bool, flat: bool, vector: bool) {
         self.mode = (bits / 32) as u8
+            | if vector { mode::VECTOR } else { 0 }
             | if big_stack { mode::BIG_STACK } else { 0 }
             | if flat { mode::FLAT } else { 0 };
     }

@@ -334,11 +334,14 @@ impl Cpu {
     /// Anything that decides about address computation, privilege or decoding has changed.
     pub fn mode_changed(&mut self) {
         self.choose_bank();
+        let vector = self.cr0 & (cr0::EM | cr0::TS) == 0
+            && self.cr4 & (cr4::OSFXSR | cr4::OSXSAVE) == cr4::OSFXSR | cr4::OSXSAVE
+            && self.xcr0 & 6 == 6;
         if self.code64() {
             let (fs, gs) = (self.seg[FS as usize].base, self.seg[GS as usize].base);
             self.seg_base = [0, 0, 0, 0, fs, gs];
             self.sp_mask = u64::MAX;
-            self.cache.set_mode(64, true, true);
+            self.cache.set_mode(64, true, true, vector);
             return;
         }
         for i in 0..6 {
@@ -358,7 +361,7 @@ impl Cpu {
                 let s = &self.seg[s as usize];
                 flat(s, acc::RW) && s.access & acc::CODE == 0
             });
-        self.cache.set_mode(self.code_bits(), self.sp_mask != 0xFFFF, all_flat);
+        self.cache.set_mode(self.code_bits(), self.sp_mask != 0xFFFF, all_flat, vector);
     }
 
     /// What decides about the right to access data has changed: CPL, AC, SMAP, breakpoints.

@@ -351,6 +351,7 @@ fn mov_to_dr(cpu: &mut Cpu, i: &Instruction) -> Result<Next, Stop> {
 fn clts(cpu: &mut Cpu, _: &Instruction) -> Result<Next, Stop> {
     cpu.need_cpl0()?;
     cpu.cr0 &= !cr0::TS;
+    cpu.mode_changed();
     Ok(Next::Seq)
 }
 
@@ -450,6 +451,7 @@ fn xsetbv(cpu: &mut Cpu, _: &Instruction) -> Result<Next, Stop> {
         return Err(cpu.gp(0));
     }
     cpu.xcr0 = v;
+    cpu.mode_changed();
     Ok(Next::Break)
 }
 

@@ -168,6 +168,7 @@ impl Cpu {
         let s = d.segment(sel);
         self.tr = Seg { access: s.access | sys_type::BUSY, ..s };
         self.cr0 |= cr0::TS;
+        self.mode_changed();
         self.dr7 &= !DR7_LOCAL;
         self.rip = new.get(&tss, new.eip);
         let mut eflags = new.get(&tss, new.eip + new.word);

@@ -276,13 +276,34 @@ pub fn undefined(cpu: &mut Cpu, _: &Instruction) -> Result<Next, Stop> {
     Err(cpu.ud())
 }
 
+/// Does it nothing that a guest could notice?
+pub fn hint(m: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(
+        m,
+        Nop | Endbr32
+            | Endbr64
+            | Rdsspd
+            | Rdsspq
+            | Prefetchnta
+            | Prefetcht0
+            | Prefetcht1
+            | Prefetcht2
+            | Prefetchw
+            | Prefetchwt1
+            | Prefetchit0
+            | Prefetchit1
+            | Prefetch
+            | Cldemote
+            | Reservednop
+    )
+}
+
 pub fn lower(l: &mut Lower) -> Option<Handler> {
     let i = l.insn;
     use Mnemonic::*;
     Some(match i.mnemonic() {
-        Nop | Endbr32 | Endbr64 | Rdsspd | Rdsspq | Prefetchnta | Prefetcht0 | Prefetcht1
-        | Prefetcht2 | Prefetchw | Prefetchwt1 | Prefetchit0 | Prefetchit1 | Prefetch
-        | Cldemote | Reservednop => nop,
+        m if hint(m) => nop,
         // Loads are done one by one anyway.
         Lfence => nop,
         Mfence | Sfence => fence,

@@ -29,7 +29,7 @@
 //!    block that refers to it is left.
 
 pub(super) mod codebuf;
-mod simd;
+pub(super) mod simd;
 mod special;
 mod stub;
 #[cfg(test)]

@@ -559,6 +559,24 @@ macro_rules! classed {
 }
 pub(super) use classed;
 
+/// What an op of this module is: its class, and the mask of its operand's alignment.  None: it is
+/// none, or it uses MMX registers or MXCSR.
+pub fn examine(op: &Op, insn: &Instruction) -> Option<(Class, u8)> {
+    let class = class(insn);
+    if class.mmx() || class.mxcsr() || class.x87() {
+        return None;
+    }
+    let f = op.f.get();
+    let memory = insn.op_kinds().any(|k| k == OpKind::Memory);
+    let ours = if memory {
+        ptr::fn_addr_eq(f, classed!(class, from_memory))
+            || ptr::fn_addr_eq(f, classed!(class, to_memory))
+    } else {
+        ptr::fn_addr_eq(f, classed!(class, on_registers))
+    };
+    ours.then_some((class, if memory { op.dst } else { 0 }))
+}
+
 pub fn lower(l: &mut Lower, native: &mut Native) -> Option<Handler> {
     let insn = l.insn;
     let size = insn.memory_size().size();

@@ -146,6 +146,15 @@ impl Asm {
         self.gs(true, 0x03, reg, offset);
     }
 
+    pub fn xor_gs32(&mut self, reg: Reg, offset: usize) {
+        self.gs(false, 0x33, reg, offset);
+    }
+
+    /// `test reg, mask` of the low byte
+    pub fn test_low(&mut self, reg: Reg, mask: u8) {
+        self.bytes(&[0x40 | reg >> 3, 0xF6, 0xC0 | reg & 7, mask]);
+    }
+
     /// `jmp gs:[offset]`
     pub fn jmp_gs(&mut self, offset: usize) {
         self.gs(false, 0xFF, 4, offset);

@@ -2,11 +2,14 @@
 
 use super::asm::*;
 use super::*;
+use crate::soft::block::mode;
 use crate::soft::decode::{is_slow, reg_index};
+use crate::soft::interp::misc::hint;
 use crate::soft::mmu;
+use crate::soft::native::simd;
 use iced_x86::{
-    Code as Insn, ConditionCode, Decoder, Instruction, Mnemonic, OpAccess, OpKind, Register,
-    RflagsBits, UsedRegister,
+    Code as Insn, ConditionCode, Decoder, Instruction, MemoryOperand, Mnemonic, OpAccess, OpKind,
+    Register, RflagsBits, UsedRegister,
 };
 use std::sync::OnceLock;
 
@@ -53,6 +56,12 @@ enum Kind {
     Nothing,
     /// As it is, registers renamed.
     Plain,
+    /// As it is, with vector registers loaded before and stored afterwards; the mask of its
+    /// operand's alignment.
+    Vector {
+        vex: bool,
+        mask: u8,
+    },
     Push,
     Pop,
     Leave,
@@ -72,7 +81,8 @@ struct Cold {
     back: Label,
     after: Label,
     help: *const Help,
-    tag: i32,
+    /// Where in the TLB entry is what was subtracted; None: S1 is as it was.
+    tag: Option<i32>,
     /// Flags are to be had from this instruction first.
     recover: Option<usize>,
     /// Behind the instruction flags are in the host's.
@@ -163,7 +173,14 @@ fn decode(cpu: &Cpu, t: &mut Translator, b: &Block) -> Option<Vec<Facts>> {
         if insn.len() != usize::from(op.len) {
             return None;
         }
-        let kind = if is_slow(op) { Kind::Handler } else { kind(&insn) };
+        let vector = b.mode() & mode::VECTOR != 0;
+        let kind = match simd::examine(op, &insn) {
+            _ if is_slow(op) => Kind::Handler,
+            Some((class, mask)) if vector && named(&insn) => {
+                Kind::Vector { vex: class.vex(), mask }
+            }
+            _ => kind(&insn),
+        };
         facts.push(examine(t, insn, kind));
     }
     if b.ops.len() > b.count as usize {
@@ -208,9 +225,7 @@ fn kind(i: &Instruction) -> Kind {
             };
         }
         Leave => return if i.code() == Insn::Leaveq { Kind::Leave } else { Kind::Handler },
-        Nop | Endbr64 | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchnta | Prefetchw => {
-            return Kind::Nothing;
-        }
+        m if hint(m) => return Kind::Nothing,
         _ => {}
     }
     if plain(i) { Kind::Plain } else { Kind::Handler }
@@ -291,9 +306,36 @@ fn plain(i: &Instruction) -> bool {
             | Mfence
             | Sfence
     ) || i.condition_code() != ConditionCode::None; // CMOVcc, SETcc
-    if !known || i.is_string_instruction() {
+    if !known || i.is_string_instruction() || !named(i) {
         return false;
     }
+    let memory = i.op_kinds().any(|k| k == OpKind::Memory);
+    if memory {
+        // Forms whose address is not in ModRM.
+        if matches!(
+            i.code(),
+            Insn::Mov_AL_moffs8
+                | Insn::Mov_AX_moffs16
+                | Insn::Mov_EAX_moffs32
+                | Insn::Mov_RAX_moffs64
+                | Insn::Mov_moffs8_AL
+                | Insn::Mov_moffs16_AX
+                | Insn::Mov_moffs32_EAX
+                | Insn::Mov_moffs64_RAX
+        ) {
+            return false;
+        }
+        // The index of a bit may reach beyond the operand.
+        if matches!(i.mnemonic(), Bt | Bts | Btr | Btc) && i.op1_kind() == OpKind::Register {
+            return false;
+        }
+    }
+    true
+}
+
+/// Can its registers be named by others, and its address be computed?
+fn named(i: &Instruction) -> bool {
+    use Mnemonic::Lea;
     let mut outside = Vec::new();
     let mut high = false;
     let mut wide = false;
@@ -302,6 +344,9 @@ fn plain(i: &Instruction) -> bool {
         match i.op_kind(n) {
             OpKind::Register => {
                 let r = i.op_register(n);
+                if r.is_xmm() || r.is_ymm() {
+                    continue;
+                }
                 if !r.is_gpr() {
                     return false;
                 }
@@ -331,30 +376,7 @@ fn plain(i: &Instruction) -> bool {
     if outside.len() > if touches { 1 } else { 2 } {
         return false;
     }
-    if memory {
-        if i.memory_base() == Register::EIP || i.is_vsib() {
-            return false;
-        }
-        // Forms whose address is not in ModRM.
-        if matches!(
-            i.code(),
-            Insn::Mov_AL_moffs8
-                | Insn::Mov_AX_moffs16
-                | Insn::Mov_EAX_moffs32
-                | Insn::Mov_RAX_moffs64
-                | Insn::Mov_moffs8_AL
-                | Insn::Mov_moffs16_AX
-                | Insn::Mov_moffs32_EAX
-                | Insn::Mov_moffs64_RAX
-        ) {
-            return false;
-        }
-        // The index of a bit may reach beyond the operand.
-        if matches!(i.mnemonic(), Bt | Bts | Btr | Btc) && i.op1_kind() == OpKind::Register {
-            return false;
-        }
-    }
-    true
+    !memory || i.memory_base() != Register::EIP && !i.is_vsib()
 }
 
 fn examine(t: &mut Translator, insn: Instruction, kind: Kind) -> Facts {
@@ -362,7 +384,7 @@ fn examine(t: &mut Translator, insn: Instruction, kind: Kind) -> Facts {
     let memory = insn.op_kinds().any(|k| k == OpKind::Memory) && insn.mnemonic() != Mnemonic::Lea;
     let (mut reads, mut writes) = (false, false);
     match kind {
-        Kind::Plain => {
+        Kind::Plain | Kind::Vector { .. } => {
             let modified = insn.rflags_modified() & ARITH;
             writes = modified != 0;
             let whole = modified == ARITH && (modified & !insn.rflags_undefined() == ARITH)
@@ -373,7 +395,7 @@ fn examine(t: &mut Translator, insn: Instruction, kind: Kind) -> Facts {
         _ => {}
     }
     let faults = match kind {
-        Kind::Plain => memory,
+        Kind::Plain | Kind::Vector { .. } => memory,
         Kind::Nothing | Kind::Jcc | Kind::Jmp | Kind::Fall => false,
         _ => true,
     };
@@ -456,7 +478,7 @@ impl Lowerer<'_> {
         match self.facts[n].kind {
             Kind::Nothing => {}
             Kind::Handler => self.handler(n),
-            Kind::Plain => {
+            Kind::Plain | Kind::Vector { .. } => {
                 if self.plain(n).is_err() {
                     self.handler(n);
                 }
@@ -666,6 +688,7 @@ impl Lowerer<'_> {
         a.jcc(A, miss);
         a.mem(true, 0x03, S1, S2, mmu::HOST as i32);
         a.bind(back);
+        let tag = Some(tag);
         self.cold.push(Cold { miss, back, after, help, tag, recover, flags_after: false });
         self.cold.len() - 1
     }
@@ -715,7 +738,7 @@ impl Lowerer<'_> {
         let mut cold = None;
         if memory {
             let size = insn.memory_size().size() as u64;
-            if size == 0 || size > 8 {
+            if size == 0 || size > 32 {
                 return Err(No);
             }
             // An address that cannot be computed is found out before anything is emitted.
@@ -727,6 +750,11 @@ impl Lowerer<'_> {
             }
             self.lose_flags(n);
             self.linear(&insn)?;
+            if let Kind::Vector { mask, .. } = self.facts[n].kind
+                && mask != 0
+            {
+                self.aligned(n, mask);
+            }
             cold = Some(self.lookup(n, size, write));
             i.set_memory_base(Register::RAX + u32::from(S1));
             i.set_memory_index(Register::None);
@@ -739,7 +767,9 @@ impl Lowerer<'_> {
             self.want_flags();
         }
         let stores = self.rename(n, &mut i, if memory { &[S2] } else { &[S1, S2] });
+        self.load_vectors(n);
         self.a.insn(&i).expect("a decoded instruction can be encoded");
+        self.store_vectors(n);
         for (g, h) in stores {
             self.a.store(gpr(g.into()), h);
         }
@@ -750,6 +780,78 @@ impl Lowerer<'_> {
             self.finish(c);
         }
         Ok(())
+    }
+
+    /// A misaligned address in S1 is the handler's to complain about.
+    fn aligned(&mut self, n: usize, mask: u8) {
+        let recover = match self.flags {
+            Flags::Lost(p) => Some(p),
+            _ => None,
+        };
+        let help = self.help(n, 0, false);
+        let (miss, after) = (self.a.label(), self.a.label());
+        self.a.test_low(S1, mask);
+        self.a.jcc(NE, miss);
+        self.a.bind(after);
+        let cold = Cold { miss, back: after, after, help, tag: None, recover, flags_after: false };
+        self.cold.push(cold);
+    }
+
+    /// Vector registers that instruction `n` reads, and that it writes, by number.
+    fn vectors(&self, n: usize) -> (u32, u32) {
+        let (mut read, mut written) = (0, 0);
+        for u in &self.facts[n].used {
+            if !u.register().is_vector_register() {
+                continue;
+            }
+            let bit = 1 << u.register().number();
+            if !matches!(u.access(), OpAccess::Write | OpAccess::None | OpAccess::NoMemAccess) {
+                read |= bit;
+            }
+            if !matches!(u.access(), OpAccess::Read | OpAccess::CondRead) {
+                written |= bit;
+            }
+        }
+        (read, written)
+    }
+
+    fn wide(&self, n: usize) -> bool {
+        let i = &self.facts[n].insn;
+        (0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Register && i.op_register(k).is_ymm())
+    }
+
+    fn load_vectors(&mut self, n: usize) {
+        let Kind::Vector { vex, .. } = self.facts[n].kind else { return };
+        let read = self.vectors(n).0;
+        let wide = self.wide(n);
+        for v in (0..16).filter(|v| read >> v & 1 != 0) {
+            let (code, r) = match (vex, wide) {
+                (false, _) => (Insn::Movups_xmm_xmmm128, Register::XMM0 + v),
+                (true, false) => (Insn::VEX_Vmovups_xmm_xmmm128, Register::XMM0 + v),
+                (true, true) => (Insn::VEX_Vmovups_ymm_ymmm256, Register::YMM0 + v),
+            };
+            let i = Instruction::with2(code, r, vector(v)).expect("a load");
+            self.a.insn(&i).expect("a load");
+        }
+    }
+
+    fn store_vectors(&mut self, n: usize) {
+        let Kind::Vector { vex, .. } = self.facts[n].kind else { return };
+        let written = self.vectors(n).1;
+        for v in (0..16).filter(|v| written >> v & 1 != 0) {
+            // What an instruction with VEX does not write of the upper half it clears.
+            let (code, r) = if vex {
+                (Insn::VEX_Vmovups_ymmm256_ymm, Register::YMM0 + v)
+            } else {
+                (Insn::Movups_xmmm128_xmm, Register::XMM0 + v)
+            };
+            let i = Instruction::with2(code, vector(v), r).expect("a store");
+            self.a.insn(&i).expect("a store");
+        }
+        if self.wide(n) {
+            let i = Instruction::with(Insn::VEX_Vzeroupper);
+            self.a.insn(&i).expect("vzeroupper");
+        }
     }
 
     fn writes_memory(&self, n: usize) -> bool {
@@ -771,7 +873,7 @@ impl Lowerer<'_> {
                 continue;
             }
             let r = i.op_register(k);
-            if high_byte(r) {
+            if high_byte(r) || !r.is_gpr() {
                 continue;
             }
             let g = reg_index(r);
@@ -1025,7 +1127,9 @@ impl Lowerer<'_> {
     fn out_of_line(&mut self) {
         for c in mem::take(&mut self.cold) {
             self.a.bind(c.miss);
-            self.a.mem(true, 0x03, S1, S2, c.tag);
+            if let Some(tag) = c.tag {
+                self.a.mem(true, 0x03, S1, S2, tag);
+            }
             if let Some(p) = c.recover {
                 self.again(p);
                 self.spill_flags();
@@ -1046,6 +1150,12 @@ impl Lowerer<'_> {
             self.leave_for(way, target);
         }
     }
+}
+
+/// Where a vector register is while code runs.
+fn vector(n: u32) -> MemoryOperand {
+    let at = offset_of!(Cpu, ymm) + 32 * n as usize;
+    MemoryOperand::new(Register::None, Register::None, 1, at as i64, 8, false, Register::GS)
 }
 
 /// Can its address be computed?
