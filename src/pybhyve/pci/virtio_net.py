@@ -177,6 +177,7 @@ class PciVirtioNet(VirtioPci[VirtioNetOptions]):
         self._mac = self._mac_at_reset
         self._offloads = 0
         self._loop = machine.mevent
+        self._vm = machine.ctx.vm
         self._work = threading.Lock()
         """Held while frames move."""
         self._buffer = memoryview(bytearray(FRAME_MAX))
@@ -285,33 +286,41 @@ class PciVirtioNet(VirtioPci[VirtioNetOptions]):
 
     def _deliver(self, vq: VirtQueue, length: int) -> bool:
         """Give the guest the frame in the buffer; False: it has no room for it."""
-        chains: list[Chain] = []
-        room = 0
-        while room < length:
-            chain = _getchain(vq)
-            if chain is None:
-                vq.retchains(len(chains))
-                return False
-            chains.append(chain)
-            room += total(chain.writable)
-            if not self._merge and room < length:
-                vq.retchains(1)
-                return True  # lost: one buffer is all there may be
+        chains = self._room(vq, length if self._merge else 1)
+        if not chains:
+            return False
+        if not self._merge and total(chains[-1].writable) < length:
+            vq.retchains(len(chains))
+            return True  # lost: one chain is all that it may have
         buffer = self._buffer
         if self._header == HEADER_MRG:
             buffer[NUM_BUFFERS:HEADER_MRG] = len(chains).to_bytes(2, "little")
-        write_mem = self.machine.ctx.vm.write_mem
+        write_mem = self._vm.write_mem
+        released = []
         done = 0
         for chain in chains:
             start = done
-            for addr, part in chain.writable:
-                end = min(done + part, length)
+            for addr, room in chain.writable:
+                end = done + room
+                if end >= length:
+                    write_mem(addr, buffer[done:length])
+                    done = length
+                    break
                 write_mem(addr, buffer[done:end])
                 done = end
-                if done == length:
-                    break
-            vq.relchain(chain, done - start)
+            released.append((chain, done - start))
+        vq.relchains(released)
         return True
+
+    def _room(self, vq: VirtQueue, length: int) -> list[Chain]:
+        """Chains for a frame; without enough of them, notifications are on again."""
+        chains = vq.getchains(length)
+        if not chains:
+            vq.kick_enable()
+            chains = vq.getchains(length)
+            if chains:
+                vq.kick_disable()
+        return chains
 
     def _transmit(self) -> None:
         """The guest has frames to send."""
@@ -335,7 +344,7 @@ class PciVirtioNet(VirtioPci[VirtioNetOptions]):
     def _send(self, chain: Chain) -> None:
         # The guest chooses the length; a frame that is too long is lost.
         if total(chain.readable) <= FRAME_MAX:
-            iov = map_iov(self.machine.ctx.vm, chain.readable)
+            iov = map_iov(self._vm, chain.readable)
             self._backend.send(iov)
             release_iov(iov)
 

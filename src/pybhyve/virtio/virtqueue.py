@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from pybhyve.vmmapi import HIGHMEM_BASE, VmmError
@@ -147,14 +147,20 @@ class Ring:
 
     def chain(self, index: int, features: int) -> Chain:
         """The chain that begins with descriptor ``index``.  Raises DriverError."""
-        readable: Segments = []
-        writable: Segments = []
         unpack = _DESC.unpack_from
         low_end = self.low_end
         head = index
         table: memoryview | bytes = self.table
+        entries = self.size
+        if index < entries:
+            addr, length, flags, _ = unpack(table, index * _DESC_SIZE)
+            if flags == VRING_DESC_F_WRITE and length and addr + length <= low_end:
+                # What most drivers receive into, often many for one frame.
+                return Chain(head, [], [(addr, length)], self)
+        readable: Segments = []
+        writable: Segments = []
         # A chain may loop: there are no more steps than descriptors.
-        entries = left = self.size
+        left = entries
         indirect = features & VIRTIO_RING_F_INDIRECT_DESC
         while left:
             left -= 1
@@ -307,18 +313,47 @@ class VirtQueue:
         ring.taken += 1
         return chain
 
+    def getchains(self, room: int) -> list[Chain]:
+        """Take chains until their writable segments have ``room`` bytes together.
+
+        An empty list: there are not so many now, and none was taken; a notification
+        will come.
+        """
+        chains: list[Chain] = []
+        ring = self.ring
+        if ring is None or self.stopped:
+            return chains
+        try:
+            last = ring.last_avail
+            while room > 0:
+                if last == ring.avail_idx and not self._look(ring):
+                    return []
+                chain = ring.chain(ring.avail[2 + (last & ring.mask)], self.features)
+                last = last + 1 & 0xFFFF
+                chains.append(chain)
+                for _, length in chain.writable:
+                    room -= length
+        except DriverError as error:
+            self._stop(error)
+            return []
+        ring.last_avail = last
+        ring.taken += len(chains)
+        return chains
+
     def _look(self, ring: Ring) -> bool:
         """Look for new chains; where there are none, ask for a notification."""
-        last, size = ring.last_avail, ring.size
+        known = ring.avail_idx
         index = ring.avail[1]
-        if index == last:
+        if index == known:
             if not self.kicks or not self._ask(ring):
                 return False
             index = ring.avail[1]
-        if (index - last & 0xFFFF) > size:
-            raise DriverError(f"the available ring goes from {last} to {index}")
+        if (index - ring.last_avail & 0xFFFF) > ring.size:
+            raise DriverError(
+                f"the available ring goes from {ring.last_avail} to {index}"
+            )
         ring.avail_idx = index
-        return index != last
+        return index != known
 
     def _ask(self, ring: Ring) -> bool:
         """Have the driver notify of the next chain; whether the ring needs a look.
@@ -327,11 +362,11 @@ class VirtQueue:
         """
         if (
             not self.features & VIRTIO_RING_F_EVENT_IDX
-            or ring.avail_event == ring.last_avail
+            or ring.avail_event == ring.avail_idx
         ):
             return False
-        ring.avail_event = ring.last_avail
-        self._store(ring.used + 4 + 8 * ring.size, ring.last_avail)
+        ring.avail_event = ring.avail_idx
+        self._store(ring.used + 4 + 8 * ring.size, ring.avail_idx)
         return True
 
     def retchains(self, count: int) -> None:
@@ -384,6 +419,15 @@ class VirtQueue:
             ring.returned += 1
             if ring is self.ring:
                 ring.done.append((chain.head, written))
+
+    def relchains(self, chains: Iterable[tuple[Chain, int]]) -> None:
+        """`relchain` for several chains, each with the number of bytes written."""
+        with self._used_lock:
+            for chain, written in chains:
+                ring = chain.ring
+                ring.returned += 1
+                if ring is self.ring:
+                    ring.done.append((chain.head, written))
 
     def endchains(self, used_all_avail: bool = False) -> None:
         """Show the driver what was released, and interrupt it where it wants that.

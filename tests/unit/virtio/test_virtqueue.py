@@ -180,6 +180,55 @@ def test_chains_can_be_taken_back(rig):
     assert rig.vq.getchain() is None
 
 
+def test_as_many_chains_as_there_must_be_room(rig):
+    rig.start(VIRTIO_RING_F_EVENT_IDX)
+    rig.desc(0, DATA, 100, F_WRITE)
+    rig.desc(1, DATA + 0x1000, 100, F_WRITE | F_NEXT, 2)
+    rig.desc(2, DATA + 0x2000, 100, F_WRITE)
+    rig.desc(3, DATA + 0x3000, 0, F_WRITE)
+    rig.desc(4, DATA + 0x4000, 50)
+    rig.offer(3, 4, 0, 1)
+    vq = rig.vq
+
+    assert vq.getchains(301) == []
+    assert [chain.head for chain in vq.getchains(1)] == [3, 4, 0]
+    assert vq.getchains(201) == []
+
+    rig.offer(0)
+    chains = vq.getchains(201)
+    vq.relchains((chain, number) for number, chain in enumerate(chains))
+    vq.endchains()
+
+    assert [chain.head for chain in chains] == [1, 0]
+    assert rig.used() == (2, [(1, 0), (0, 1), *[(0, 0)] * 6])
+    assert vq.getchains(1) == []
+    assert not rig.broken
+
+
+def test_with_too_little_room_the_driver_is_asked_for_more(rig):
+    rig.start(VIRTIO_RING_F_EVENT_IDX)
+    event = USED + 4 + 8 * SIZE
+    rig.desc(0, DATA, 100, F_WRITE)
+    rig.offer(0, 0)
+
+    assert rig.vq.getchains(300) == []
+    assert rig.ctx.read(event, 2) == b"\2\0", "the next one, not one that is there"
+
+    rig.vq.kick_disable()
+    rig.offer(0)
+    assert len(rig.vq.getchains(300)) == 3
+
+
+def test_a_driver_that_breaks_the_rules_among_others(rig):
+    rig.desc(0, DATA, 100, F_WRITE)
+    rig.desc(1, 1 << 40, 100, F_WRITE)
+    rig.offer(0, 1)
+
+    assert rig.vq.getchains(200) == []
+    assert len(rig.broken) == 1
+    assert rig.vq.getchains(1) == []
+
+
 def test_the_driver_is_asked_once_for_a_notification(rig):
     rig.start(VIRTIO_RING_F_EVENT_IDX)
     rig.desc(0, DATA, 4, F_WRITE)
