@@ -52,6 +52,27 @@ def test_shell(start: Starter, variables: Path) -> None:
     assert machine.console.wait(60) == 1
 
 
+def test_boot_order(start: Starter, variables: Path, tmp_path: Path) -> None:
+    """It tries the disks that have a place in the order, and no others."""
+    disks = []
+    options = {
+        "3,virtio-blk": "",
+        "4,virtio-blk": ",bootindex=7",
+        "5,ahci-hd": ",bootindex=3",
+        "6,virtio-blk": ",bootindex=5",
+    }
+    for place, bootindex in options.items():
+        path = tmp_path / f"{place[0]}.img"
+        with path.open("wb") as file:
+            file.truncate(1 << 20)
+        disks += ["-s", f"{place},{path}{bootindex}"]
+    machine = start("ovmf-order", [*bootrom(variables), *disks])
+    EfiShell(machine.console, TIMEOUT)
+
+    tried = re.findall(r"failed to load .*?Pci\(0x(\d),0x0\)", machine.console.shown)
+    assert tried == ["5", "6", "4"]
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file for ``-f``, of more than a page."""
