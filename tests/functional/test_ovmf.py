@@ -11,7 +11,7 @@ import pytest
 
 from tests.functional.efishell import EfiShell
 from tests.functional.machine import BOOT_TIMEOUT, Machine, Starter
-from tools import firmware, guests
+from tools import fetch, firmware, guests
 
 TIMEOUT = 120  # seconds to the shell, on a busy machine
 UUID = "00112233-4455-6677-8899-aabbccddeeff"
@@ -71,6 +71,16 @@ def test_boot_order(start: Starter, variables: Path, tmp_path: Path) -> None:
 
     tried = re.findall(r"failed to load .*?Pci\(0x(\d),0x0\)", machine.console.shown)
     assert tried == ["5", "6", "4"]
+
+
+def test_an_option_rom_runs(start: Starter, variables: Path) -> None:
+    """It finds iPXE in a network device's ROM, and that an address by DHCP."""
+    rom = fetch.package("ipxe-qemu").file("usr/lib/ipxe/qemu/efi-virtio.rom")
+    device = ["-s", f"3,virtio-net,slirp,open=true,rom={rom}"]
+    console = start("ovmf-rom", [*bootrom(variables), *device]).console
+    console.expect(r"iPXE \d", TIMEOUT)
+    console.expect("virtio-net on 0000:00:03.0", TIMEOUT)
+    console.expect(r"net0: 10\.0\.2\.15/255\.255\.255\.0", TIMEOUT)
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,11 @@
 use super::Cpu;
 use super::mmu::MAXPHYADDR;
 use super::state::{cr4, efer};
+use crate::io::vlapic::TIMER_HZ;
 use crate::platform::Platform;
 use iced_x86::{CpuidFeature, DecoderOptions, Instruction, Mnemonic};
 use serde::{Deserialize, Serialize};
 use std::sync::OnceLock;
-
-/// Frequency of the local APIC timer before its divisor, Hz (vlapic).
-const APIC_TIMER_HZ: u32 = 128 << 20;
 
 /// What of a VM's configuration CPUID shows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -341,14 +339,25 @@ fn shifts(c: &CpuConfig) -> (u32, u32) {
     (log2(c.threads), log2(c.threads * c.cores))
 }
 
-/// The closest fraction (numerator, denominator) to `a / b` with a numerator of at most `max`.
-fn closest_fraction(mut a: u64, mut b: u64, max: u64) -> (u32, u32) {
-    // Convergents of the continued fraction.
+/// The closest fraction (numerator, denominator) to `num / den` with a numerator of at most `max`.
+fn closest_fraction(num: u64, den: u64, max: u64) -> (u32, u32) {
+    let distance = |n: u64, d: u64| {
+        let (n, d) = (u128::from(n), u128::from(d));
+        // Times d * den, for there to be no rounding.
+        (n * u128::from(den)).abs_diff(d * u128::from(num))
+    };
+    // Convergents of the continued fraction, and the last step as far as `max` lets it go.
+    let (mut a, mut b) = (num, den);
     let (mut n, mut d) = ((0, 1), (1, 0));
     while b != 0 {
-        let q = a / b;
+        let room = ((max - n.0) / n.1).min((u64::from(u32::MAX) - d.0) / d.1.max(1));
+        let q = (a / b).min(room);
         let next = (q * n.1 + n.0, q * d.1 + d.0);
-        if next.0 > max || next.1 > u64::from(u32::MAX) {
+        if q < a / b {
+            let (this, last) = (distance(next.0, next.1), distance(n.1, d.1));
+            if this * u128::from(d.1) < last * u128::from(next.1) {
+                (n.1, d.1) = next;
+            }
             break;
         }
         n = (n.1, next.0);
@@ -408,10 +417,9 @@ impl Cpu {
             0x15 => {
                 // Linux takes the crystal for the clock of the APIC timer, and multiplies its
                 // kHz by the numerator in 32 bits.
-                let khz = u64::from(APIC_TIMER_HZ / 1000);
-                let max = u64::from(u32::MAX) / khz;
-                let (n, d) = closest_fraction(self.vm().tsc_hz(), APIC_TIMER_HZ.into(), max);
-                r = [d, n, APIC_TIMER_HZ, 0];
+                let max = u64::from(u32::MAX) / (TIMER_HZ / 1000);
+                let (n, d) = closest_fraction(self.vm().tsc_hz(), TIMER_HZ, max);
+                r = [d, n, TIMER_HZ as u32, 0];
             }
             0x16 => {
                 let mhz = (self.vm().tsc_hz() / 1_000_000).min(0xFFFF) as u32;
@@ -576,10 +584,10 @@ mod tests {
     #[test]
     fn fractions_are_close_and_small() {
         for hz in [1_000_000_000, 2_596_142_000, 3_400_000_000, 5_799_999_937] {
-            let max = u64::from(u32::MAX / (APIC_TIMER_HZ / 1000));
-            let (n, d) = closest_fraction(hz, APIC_TIMER_HZ.into(), max);
+            let max = u64::from(u32::MAX) / (TIMER_HZ / 1000);
+            let (n, d) = closest_fraction(hz, TIMER_HZ, max);
             assert!(u64::from(n) <= max && d != 0);
-            let got = f64::from(APIC_TIMER_HZ) * f64::from(n) / f64::from(d);
+            let got = TIMER_HZ as f64 * f64::from(n) / f64::from(d);
             assert!((got / hz as f64 - 1.0).abs() < 1e-6, "{hz}: {n}/{d}");
         }
     }
