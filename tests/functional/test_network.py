@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.functional.console import Console
+from tests.functional.efishell import EfiShell
 from tests.functional.machine import BOOT_TIMEOUT, Programs, Starter
-from tools import fetch, guests
+from tools import fetch, firmware, guests
 from tools.network import Network
 
 # What is sent each way; 1 GiB is 1073741824.
@@ -189,6 +191,24 @@ def test_slirp(
     assert network.run(*command, timeout=120) == f"many {CONNECTIONS}: ok\n"
 
     power_off(console)
+
+
+def test_firmware_has_a_network(start: Starter) -> None:
+    """edk2's driver: it polls, with rings and headers of its own."""
+    rom = ["-l", firmware.bhyve_without_variables().option()]
+    machine = start("efi-net", ["-s", "2,virtio-net,slirp", *rom])
+    shell = EfiShell(machine.console, BOOT_TIMEOUT)
+    shell.run("ifconfig -s eth0 dhcp")
+    deadline = time.monotonic() + 60
+    while "10.0.2.15" not in shell.run("ifconfig -l eth0"):
+        assert time.monotonic() < deadline
+        time.sleep(1)
+
+    assert "3 packets transmitted, 3 received" in shell.run("ping -n 3 10.0.2.2")
+
+    shell.type("reset -s")
+
+    assert machine.console.wait(60) == 1
 
 
 def test_a_tap_that_cannot_be_had(programs: Programs, network: Network) -> None:

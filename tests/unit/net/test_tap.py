@@ -238,6 +238,14 @@ def test_without_privilege():
     loop.close()
 
 
+def test_without_the_kernels_module(monkeypatch, tmp_path):
+    monkeypatch.setattr("pybhyve.net.tap.TUN_DEVICE", str(tmp_path / "tun"))
+    loop = EventLoop()
+    with pytest.raises(DeviceError, match="load its module: modprobe tun"):
+        TapBackend(loop, "tap0")
+    loop.close()
+
+
 @pytest.mark.parametrize("name", ["tap0123456789abcdef", "tap 0", "tap/0", "tap%d"])
 def test_names_that_no_interface_has(name):
     loop = EventLoop()
