@@ -54,6 +54,9 @@ DIR_ENTRY: Final = struct.Struct(">IHxx56s")  # size, selector, name
 FILE_NAME_MAX: Final = 56
 """Bytes of a name, with the NUL behind it."""
 
+FILE_SIZE_MAX: Final = 256 << 20
+"""Bytes of a user's file; all of them are read when the machine is set up."""
+
 DMA_ACCESS: Final = struct.Struct(">IIQ")  # control, length, address
 DMA_ERROR: Final = 1 << 0
 DMA_READ: Final = 1 << 1
@@ -289,7 +292,14 @@ def _user_data(number: int, item: FwcfgOptions) -> bytes:
         return item.string.encode(errors="surrogateescape") + b"\0"
     if item.file is None or item.string is not None:
         raise OptionError(f"fwcfg.{number} needs either string or file")
+    path = Path(item.file)
     try:
-        return Path(item.file).read_bytes()
-    except OSError as error:
-        raise OptionError(f"fw_cfg file '{item.name}'") from error
+        size = path.stat().st_size
+        if path.is_file() and size <= FILE_SIZE_MAX:
+            return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise OptionError(f"fw_cfg file '{item.name}': {path}") from error
+    raise OptionError(
+        f"fw_cfg file '{item.name}': {path} is not a regular file of at most "
+        f"{FILE_SIZE_MAX} bytes"
+    )

@@ -19,6 +19,7 @@ from pybhyve.amd64.bootrom import Firmware
 from pybhyve.amd64.xmsr import host_vendor
 from pybhyve.bhyveload import loader
 from pybhyve.bhyveload.formats import make_plan
+from pybhyve.bhyveload.image import MAX_KERNEL_SIZE, read_file
 from pybhyve.bhyveload.linux import DEFAULT_CMDLINE
 from pybhyve.bhyveload.plan import CpuState, LoadPlan
 from pybhyve.bhyverun import exitstatus, slots
@@ -248,15 +249,16 @@ def hand_over_kernel(machine: Machine) -> None:
     options = machine.options
     if options.kernel is None or options.bootrom is None:
         return
-    files = []
-    for path in (options.kernel, options.initrd):
+    files = {"kernel": b"", "initrd": b""}
+    for what, path in (("kernel", options.kernel), ("initrd", options.initrd)):
+        if path is None:
+            continue
         try:
-            files.append(Path(path).read_bytes() if path is not None else b"")
-        except OSError as error:
-            raise ImageError(f"{path} cannot be read") from error
+            files[what] = read_file(Path(path), MAX_KERNEL_SIZE)
+        except ImageError as error:
+            raise ImageError(f"{what} {path}") from error
     cmdline = DEFAULT_CMDLINE if options.cmdline is None else options.cmdline
-    kernel, initrd = files
-    machine.fwcfg.add_kernel(kernel, initrd, os.fsencode(cmdline))
+    machine.fwcfg.add_kernel(**files, cmdline=os.fsencode(cmdline))
 
 
 def set_title(name: str) -> None:

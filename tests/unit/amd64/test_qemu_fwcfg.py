@@ -216,7 +216,11 @@ def test_files_of_the_user(build, tmp_path):
             OptionError,
             "fwcfg.0 needs either string or file",
         ),
-        ({"name": "a", "file": "/nowhere"}, OptionError, "fw_cfg file 'a'"),
+        ({"name": "a", "file": "/nowhere"}, OptionError, "fw_cfg file 'a': /nowhere"),
+        ({"name": "a", "file": "/dev/zero"}, OptionError, "is not a regular file"),
+        ({"name": "a", "file": "/"}, OptionError, "is not a regular file"),
+        ({"name": "a", "file": ""}, OptionError, "is not a regular file"),
+        ({"name": "a", "file": "a\0b"}, OptionError, "fw_cfg file 'a'"),
         (
             {"name": "opt/bhyve/hw.ncpu", "string": "x"},
             DeviceError,

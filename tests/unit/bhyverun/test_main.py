@@ -160,8 +160,8 @@ def test_firmware_gets_the_kernel(capfd, bootrom, tmp_path):
     assert main([*argv, "-o", f"kernel={kernel}", "-o", "initrd=/no", "vm"]) == 4
 
     assert lines(capfd) == [
-        f"bhyve: {kernel}.not cannot be read: No such file or directory",
-        "bhyve: /no cannot be read: No such file or directory",
+        f"bhyve: kernel {kernel}.not: cannot be opened: No such file or directory",
+        "bhyve: initrd /no: cannot be opened: No such file or directory",
     ]
     VmDir.open("vm").destroy()
 
