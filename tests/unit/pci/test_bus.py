@@ -155,6 +155,23 @@ def test_intx_routes_round_robin_and_pins_by_use(build):
     assert ("isa_set_irq_trigger", line, True) in machine.vm.wires
 
 
+def test_a_boot_rom_knows_the_routes_by_slot_and_pin(build, tmp_path):
+    rom = tmp_path / "rom"
+    rom.write_bytes(bytes(4096))
+    slots = ("6,uart", "7,uart", "7:1,uart", "14,uart", "31,lpc")
+    machine = build(*slots, bootrom=str(rom))
+
+    routes = list(pci_host(machine).buses[0].routes())
+    assert [(slot, r.pin, r.ioapic_pin, r.pirq) for slot, r in routes] == [
+        (6, 1, 19, 3),
+        (7, 1, 20, 4),
+        (7, 2, 21, 5),
+        (14, 1, 19, 3),  # the same line as slot 6
+    ]
+    lines = [cfg_read(machine, slot, 0x3C, size=1) for slot in (6, 7, 14)]
+    assert lines[0] == lines[2] != lines[1]
+
+
 def test_intx_reaches_ioapic_and_pic(build):
     machine = build("3,uart", "31,lpc")
     uart = device_at(machine, 3)
