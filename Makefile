@@ -1,9 +1,11 @@
 # What one does with pybhyve.  `make` lists it.
 
 PYTHON ?= python3
-GUEST ?= debian12-cloud
-CPUS ?= 1
-MEMORY ?= 512M
+GUEST ?=
+CPUS ?= 2
+MEMORY ?= 2G
+DISK ?= build/debian12.img
+NET ?= slirp,open=true
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 600
 FUZZ_SEED ?= 1
@@ -24,15 +26,18 @@ RUST_SOURCES := $(shell find rust -path rust/target -prune -o -type f -print)
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "Variables: GUEST=$(GUEST) CPUS=$(CPUS) MEMORY=$(MEMORY) PYTEST_ARGS"
+	@echo "Variables: CPUS=$(CPUS) MEMORY=$(MEMORY) NET=$(NET) DISK=$(DISK)"
+	@echo "           GUEST=$(GUEST) PYTEST_ARGS=$(PYTEST_ARGS)"
 	@echo "           FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED)"
 
 setup: $(VENV)/.installed ## Build and install into .venv: bhyve, bhyvectl, bhyveload
 
-run: setup ## Boot a Debian kernel to a shell on this terminal
-	@# Statuses up to 3 tell how the guest ended; only the others are failures.
-	@$(BIN)/python -m tools.boot --cpus $(CPUS) --memory $(MEMORY) $(GUEST) \
-		|| { status=$$?; [ $$status -le 3 ] || exit $$status; }
+run: setup ## Boot Debian from a disk on this terminal (GUEST=: a kernel to a shell)
+	@# 0: the guest rebooted; up to 3: another end of the guest's; beyond: failures.
+	@status=0; while [ $$status -eq 0 ]; do \
+		$(BIN)/python -m tools.boot --cpus $(CPUS) --memory $(MEMORY) \
+			--disk $(DISK) --net $(NET) $(GUEST); \
+		status=$$?; done; [ $$status -le 3 ] || exit $$status
 
 test: check firmware ## Everything: check, differential tests, unit tests, real guests
 	@$(MAKE) --no-print-directory fuzz-guest FUZZ_SECONDS=20

@@ -113,6 +113,12 @@ LABEL={ESP_LABEL} /boot/efi vfat umask=0077 0 2
     "usr/share/initramfs-tools/modules.d/disk": (
         "ahci\nsd_mod\nvirtio_pci\nvirtio_blk\nnvme\next4\n"
     ),
+    # A processor in software on a busy host: a disk's udev rules may take a minute.
+    "etc/systemd/system.conf.d/patience.conf": """\
+[Manager]
+DefaultTimeoutStartSec=10min
+DefaultDeviceTimeoutSec=10min
+""",
     "etc/systemd/network/80-ethernet.network": """\
 [Match]
 Type=ether
@@ -195,6 +201,13 @@ def debian(packages: Sequence[str] = ()) -> Path:
     return disk
 
 
+def missing_packages(path: str) -> list[str]:
+    """The packages whose programs making a disk needs and does not find in PATH."""
+    return sorted(
+        {name for tool, name in TOOLS.items() if not shutil.which(tool, path=path)}
+    )
+
+
 def copy(disk: Path, to: Path) -> None:
     """Copy a disk, its holes too; at no cost where the file system can share."""
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -232,10 +245,13 @@ def _resolve(packages: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _build(disk: Path, packages: Sequence[str], options: Sequence[str]) -> None:
+    # Where users do not look, but may run what is there.
     path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-    missing = {pkg for name, pkg in TOOLS.items() if not shutil.which(name, path=path)}
-    if missing:
-        raise DiskError(f"needs more: apt-get install {' '.join(sorted(missing))}")
+    if missing := missing_packages(path):
+        raise DiskError(
+            "making a disk needs packages that are not installed: "
+            f"apt-get install {' '.join(missing)}"
+        )
     print("making a disk with Debian 12: a minute or two ...", file=sys.stderr)
     # Not under the cache: who mmdebstrap becomes may not enter the user's home.
     with tempfile.TemporaryDirectory(prefix="pybhyve-disk-") as directory:

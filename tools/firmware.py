@@ -88,8 +88,7 @@ def bhyve() -> Image:
 
     Raises FirmwareError or FetchError.
     """
-    built = _bhyve_directory()
-    return Image(built / "BHYVE_CODE.fd", built / "BHYVE_VARS.fd")
+    return _bhyve_image(_bhyve_directory())
 
 
 def bhyve_without_variables() -> Image:
@@ -113,6 +112,15 @@ def seabios() -> Image:
     return Image(rom, fwcfg="qemu")
 
 
+def ready() -> Image:
+    """Firmware for bhyve if it was built, else Debian's OVMF, which need not be.
+
+    Raises FetchError.
+    """
+    built = _built(fetch.cache_dir() / "firmware")
+    return _bhyve_image(built) if built else ovmf()
+
+
 FIRMWARE: Final = {
     "bhyve": bhyve,
     "bhyve-without-variables": bhyve_without_variables,
@@ -121,16 +129,24 @@ FIRMWARE: Final = {
 }
 
 
+def _bhyve_image(built: Path) -> Image:
+    return Image(built / "BHYVE_CODE.fd", built / "BHYVE_VARS.fd")
+
+
 def _bhyve_directory() -> Path:
     firmware = fetch.cache_dir() / "firmware"
     firmware.mkdir(exist_ok=True)
     with _locked(firmware / "lock"):
-        built = sorted(
-            firmware.glob(f"edk2-*.{RECIPE}"), key=lambda path: path.stat().st_mtime
-        )
         for left in firmware.glob("build-*"):  # by a run that was killed
             shutil.rmtree(left)
-        return built[-1] if built else _build(firmware)
+        return _built(firmware) or _build(firmware)
+
+
+def _built(firmware: Path) -> Path | None:
+    built = sorted(
+        firmware.glob(f"edk2-*.{RECIPE}"), key=lambda path: path.stat().st_mtime
+    )
+    return built[-1] if built else None
 
 
 @contextlib.contextmanager
