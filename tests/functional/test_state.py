@@ -238,6 +238,66 @@ def test_boot_goes_on_in_another_machine(
     assert exitstatus.of_suspend(result) == 1
 
 
+ROUNDS = 12
+"""Writes of 4 MiB, each flushed and read back from the disk."""
+USE_DISK = (
+    "dd if=/dev/urandom of=/tmp/d bs=64k count=64; n=0; "
+    f"while [ $n -lt {ROUNDS} ]; do dd if=/tmp/d of={{disk}} bs=64k conv=fsync; "
+    "echo 3 > /proc/sys/vm/drop_caches; "
+    "dd if={disk} bs=64k count=64 | cmp - /tmp/d || break; n=$((n + 1)); done; "
+    "echo rou''nds $n, errors $(dmesg | grep -ciE 'exception|i/o error|timeout')"
+)
+
+
+@pytest.mark.parametrize(
+    ("device", "modules", "disk"),
+    [
+        ("ahci-hd", ["ahci", "sd_mod"], "/dev/sda"),
+        ("nvme", ["nvme"], "/dev/nvme0n1"),
+        ("virtio-blk", ["virtio_pci", "virtio_blk"], "/dev/vda"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value[0] != "/" else "",
+)
+def test_a_disk_goes_on_in_another_machine(
+    machines: Machines, tmp_path: Path, device: str, modules: list[str], disk: str
+) -> None:
+    """Requests are under way at every move; none is lost and none fails."""
+    guest = guests.find("debian12-generic")
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(16 * MB)
+    prompt = re.escape(guest.prompt)
+    script = [
+        (prompt, USE_DISK.format(disk=disk)),
+        (rf"rounds {ROUNDS}, errors 0\r+\n.*{prompt}", "poweroff -f"),
+    ]
+    typist = Typist(script)
+    argv = ["-m", str(MEMORY), "-s", "0,hostbridge", "-s", "31,lpc"]
+    argv += ["-s", f"3,{device},{image}", "-l", f"com1,{typist.path}"]
+    argv += [*guest.image(modules=modules).options(), "moved"]
+    config = new_config()
+    assert parse_args(argv, config) is None
+    machine = machines.set_up(config, load=True)
+    machine.vm.resume_cpu(0)
+
+    moments = random.Random(20014)
+    end = time.monotonic() + BOOT_TIMEOUT
+    result = run_until(machine, end, lambda: typist.typed > 0)
+    for _ in range(MOVES):
+        assert not isinstance(result, SuspendHow), typist.shown[-1000:]
+        machine = go_on(machines, *result)
+        result = run_until(machine, time.monotonic() + moments.uniform(0.05, 0.5))
+    assert not isinstance(result, SuspendHow), typist.shown[-1000:]
+    assert typist.typed == 1  # it was not too late for the moves
+    machine = go_on(machines, *result)
+    result = run_until(machine, time.monotonic() + BOOT_TIMEOUT)
+    typist.close()
+    print(typist.shown.decode(errors="replace"))
+
+    assert result is SuspendHow.POWEROFF
+    assert typist.typed == 2
+
+
 @pytest.fixture
 def firmware_typist() -> Iterator[Typist]:
     typist = Typist(

@@ -547,13 +547,13 @@ class Admin:
     def save(self) -> dict[str, Any]:
         """What commands have set, and the requests and events that wait."""
         return {
-            "features": dict(self._features),
+            "features": [list(item) for item in self._features.items()],
             "over": self._over,
             "under": self._under,
             "uncoalesced": sorted(self._uncoalesced),
             "queues": list(self._queues),
             "requests": [cmd.dw0 for cmd in self._requests],
-            "events": dict(self._events),
+            "events": [list(item) for item in self._events.items()],
             "masked": sorted(self._masked),
             "changed": list(self._changed),
             "errors": self._errors,
