@@ -64,10 +64,11 @@ man: $(VENV)/.developed ## Rewrite what the manual pages have from declarations
 firmware: $(VENV)/bin/python ## Build UEFI firmware for bhyve, fetch OVMF and SeaBIOS
 	@$(BIN)/python -m tools.firmware
 
-bench: $(VENV)/.developed ## Boot times and instructions per second, beside QEMU's TCG; exits
+bench: $(VENV)/.developed ## Boot, instructions, disk, network beside QEMU's TCG; exits
 	@$(BIN)/python -m benchmarks.mips
 	@$(BIN)/python -m benchmarks.boot
 	@$(BIN)/python -m benchmarks.exits
+	@$(BIN)/python -m benchmarks.disk
 	@$(BIN)/python -m benchmarks.net
 
 fuzz-cpu: ## Random instructions against this processor, for FUZZ_SECONDS

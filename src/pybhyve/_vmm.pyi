@@ -230,6 +230,12 @@ class Vm:
     def now(self) -> int:
         """Nanoseconds of this VM's clock; stands still while the clock is paused."""
 
+    def wait_halt(self, seen: int, seconds: float) -> int:
+        """Wait until a vCPU has gone to sleep since a count of that was ``seen``.
+
+        At most for ``seconds``; gives the count, which begins with 0.
+        """
+
     def pause_clock(self) -> None:
         """Have time stand still: on return no in-kernel device acts of itself."""
 

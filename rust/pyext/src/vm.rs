@@ -2,6 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
@@ -323,6 +324,12 @@ impl Vm {
 
     fn now(&self) -> u64 {
         self.vm.now()
+    }
+
+    fn wait_halt(&self, py: Python<'_>, seen: u64, seconds: f64) -> Result<u64> {
+        let limit = Duration::try_from_secs_f64(seconds)
+            .map_err(|_| invalid(format!("cannot wait for {seconds} seconds")))?;
+        Ok(py.detach(|| self.vm.halts.wait(seen, limit)))
     }
 
     fn pause_clock(&self, py: Python<'_>) {

@@ -1,6 +1,6 @@
 //! The mailbox of a vCPU: what other threads want it to notice before its next instruction.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -79,5 +79,61 @@ impl Events {
                 }
             };
         }
+    }
+}
+/// A count of something that goes on happening, and threads that wait for the next time.
+#[derive(Default)]
+pub struct Happenings {
+    count: AtomicU64,
+    waiting: AtomicU32,
+    lock: Mutex<()>,
+    wake: Condvar,
+}
+
+impl Happenings {
+    /// It happens.
+    pub fn happen(&self) {
+        // A waiter announces itself, then reads the count: one of the two sees the other.
+        self.count.fetch_add(1, Ordering::SeqCst);
+        if self.waiting.load(Ordering::SeqCst) != 0 {
+            drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner));
+            self.wake.notify_all();
+        }
+    }
+
+    /// Sleep until the count is not `seen` or `limit` has passed; returns the count.
+    pub fn wait(&self, seen: u64, limit: Duration) -> u64 {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |_: &mut ()| self.count.load(Ordering::SeqCst) == seen;
+        drop(self.wake.wait_timeout_while(guard, limit, same));
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        self.count.load(Ordering::SeqCst)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn who_waits_for_the_next_time_sees_it() {
+        let halts = Arc::new(Happenings::default());
+        let long = Duration::from_secs(60);
+        assert_eq!(halts.wait(0, Duration::from_millis(1)), 0);
+        halts.happen();
+        assert_eq!(halts.wait(0, long), 1);
+        let waiter = {
+            let halts = Arc::clone(&halts);
+            thread::spawn(move || halts.wait(1, long))
+        };
+        while halts.waiting.load(Ordering::SeqCst) == 0 {
+            thread::yield_now();
+        }
+        halts.happen();
+        assert_eq!(waiter.join().unwrap(), 2);
     }
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::{self, Clock, ClockState, Timers};
 use crate::error::{Error, Result};
-use crate::events;
+use crate::events::{self, Happenings};
 use crate::exit::SuspendHow;
 use crate::io::vatpic::Vatpic;
 use crate::io::vatpit::Vatpit;
@@ -50,6 +50,8 @@ pub struct Vm {
     pub vcpus: Vec<Arc<Vcpu>>,
     /// For bringing all vCPUs to an instruction boundary.
     pub exclusive: Exclusive,
+    /// That a vCPU goes to sleep in HLT.
+    pub halts: Happenings,
     pub ioapic: Vioapic,
     pub pic: Vatpic,
     pub pit: Vatpit,
@@ -126,6 +128,7 @@ impl Vm {
             timers,
             vcpus,
             exclusive: Exclusive::default(),
+            halts: Happenings::default(),
             ioapic: Vioapic::new(),
             pic: Vatpic::new(),
             pit: Vatpit::new(),
@@ -380,6 +383,9 @@ impl Vm {
     /// with interrupts off, or parked and never started.
     pub fn set_halted(&self, id: u32, halted: Option<bool>) {
         let deaf = halted == Some(false);
+        if halted.is_some() {
+            self.halts.happen();
+        }
         let life = self.vcpus[id as usize].life();
         life.halted.store(deaf, Ordering::SeqCst);
         let hopeless = |v: &Arc<Vcpu>| {

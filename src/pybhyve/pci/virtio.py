@@ -23,6 +23,7 @@ from pybhyve.virtio import (
     VIRTIO_MSI_NO_VECTOR,
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
+    Poller,
     Ring,
     VirtQueue,
 )
@@ -140,6 +141,9 @@ class VirtioPci(PciDevice[OptionsT]):
     FEATURES: ClassVar[int] = 0
     """Feature bits that the device has whatever its options are."""
 
+    POLLED: ClassVar[tuple[int, ...]] = ()
+    """Queues that a thread looks at while they are busy; see `Poller`."""
+
     TRANSPORT_FEATURES: ClassVar[int] = (
         # deviation: bhyve offers INDIRECT_DESC for some devices, the others for none.
         VIRTIO_F_VERSION_1 | VIRTIO_RING_F_INDIRECT_DESC | VIRTIO_RING_F_EVENT_IDX
@@ -166,6 +170,15 @@ class VirtioPci(PciDevice[OptionsT]):
             VirtQueue(machine.ctx, index, size, self._interrupt_queue, self._stopped)
             for index, size in enumerate(queues)
         ]
+        self._pollers = {
+            index: Poller(
+                machine.ctx.vm,
+                self.queues[index],
+                self.run_queue,
+                f"{self.NAME} {address} {index}",
+            )
+            for index in self.POLLED
+        }
         self._config_size = config_size
         self._status = 0
         self._isr = 0
@@ -225,7 +238,8 @@ class VirtioPci(PciDevice[OptionsT]):
     def notify(self, vq: VirtQueue) -> None:
         """The driver says that there are chains: take all of them.
 
-        On a vCPU's thread, which must not wait; for one queue one thread at a time.
+        On a vCPU's thread, or that of a `Poller`; it must not wait.  For one queue on
+        one thread at a time.
         """
         raise NotImplementedError
 
@@ -391,7 +405,9 @@ class VirtioPci(PciDevice[OptionsT]):
     # -- notifications and interrupts ------------------------------------------------
 
     def _kick(self, index: int) -> None:
-        if index < len(self.queues):
+        if (poller := self._pollers.get(index)) is not None:
+            poller.notified()
+        elif index < len(self.queues):
             self.run_queue(self.queues[index])
         else:
             log.debug("%s: queue %d notify out of range", self.NAME, index)
@@ -627,6 +643,8 @@ class VirtioPci(PciDevice[OptionsT]):
 
     def pause(self) -> None:
         """Let notifications wait and finish what is under way."""
+        for poller in self._pollers.values():
+            poller.stop()
         self._paused = True
         for vq in self.queues:
             with vq.run_lock:  # whoever is in notify() comes out
@@ -639,6 +657,11 @@ class VirtioPci(PciDevice[OptionsT]):
         for vq in self.queues:
             if vq.ring is not None:
                 self.run_queue(vq)
+
+    def halt(self) -> None:
+        """End threads; a device that overrides this calls it first."""
+        for poller in self._pollers.values():
+            poller.close()
 
     def reset_device(self) -> None:
         """The transport and the device, as after power-on."""

@@ -89,6 +89,7 @@ class PciVirtioBlock(VirtioPci[VirtioBlockOptions]):
         | VIRTIO_BLK_F_TOPOLOGY
         | VIRTIO_BLK_F_CONFIG_WCE
     )
+    POLLED = (0,)
 
     def __init__(
         self,
@@ -280,6 +281,7 @@ class PciVirtioBlock(VirtioPci[VirtioBlockOptions]):
 
     def halt(self) -> None:
         """Give the image back."""
+        super().halt()
         self._blk.close()
 
     def save_state(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pybhyve.virtio.poller import Poller
 from pybhyve.virtio.virtqueue import (
     VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_NOTIFY_ON_EMPTY,
@@ -25,6 +26,7 @@ __all__ = [
     "VIRTIO_RING_F_EVENT_IDX",
     "VIRTIO_RING_F_INDIRECT_DESC",
     "Chain",
+    "Poller",
     "Ring",
     "Segments",
     "VirtQueue",

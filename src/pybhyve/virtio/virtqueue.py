@@ -296,6 +296,16 @@ class VirtQueue:
             return False
         return ring.avail[1] != ring.last_avail
 
+    def taken(self) -> int:
+        """How many chains were taken since the queue was enabled."""
+        ring = self.ring
+        return ring.taken if ring is not None else 0
+
+    def outstanding(self) -> int:
+        """How many chains were taken and not given back."""
+        ring = self.ring
+        return ring.taken - ring.returned if ring is not None else 0
+
     def getchain(self) -> Chain | None:
         """Take the next chain; None: there is none now, a notification will come."""
         ring = self.ring
