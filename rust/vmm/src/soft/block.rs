@@ -17,6 +17,8 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::ptr;
 
 const JUMP_ENTRIES: usize = 4096;
+/// Bits of a filter of pages.
+const JUMP_PAGES: usize = 4096;
 /// Ops after which the whole cache is dropped: bounds its memory (about 100 bytes an op).
 const MAX_CACHED_OPS: usize = 600_000;
 
@@ -111,8 +113,11 @@ pub struct Cache {
     jumps: Box<[Jump]>,
     /// Part of every jump entry's key; changing it empties the jump cache.
     jump_gen: u64,
-    /// Number of the address space (12 bits), the other part.
+    /// Number of the address space (12 bits), the other part; 0 in entries for code that is in
+    /// all of them.
     space: u64,
+    /// Linear pages, by their low bits, that jump entries may lead to.
+    jump_pages: Box<[u64; JUMP_PAGES / 64]>,
     map: Map<*const Block>,
     pages: Map<Vec<*const Block>>,
     #[expect(clippy::vec_box, reason = "blocks are pointed to: they must not move")]
@@ -135,6 +140,7 @@ impl Default for Cache {
             jumps: vec![Jump { lin: 0, key: 0, block: ptr::null() }; JUMP_ENTRIES].into(),
             jump_gen: 1,
             space: 0,
+            jump_pages: Box::new([0; JUMP_PAGES / 64]),
             map: Map::default(),
             pages: Map::default(),
             blocks: Vec::new(),
@@ -156,6 +162,15 @@ fn key(gpa: u64, mode: u8) -> u64 {
 impl Cache {
     pub fn flush_jumps(&mut self) {
         self.jump_gen += 1;
+        self.jump_pages.fill(0);
+    }
+
+    /// Forget the jumps to one page, or more.
+    pub fn flush_jumps_to(&mut self, lin: u64) {
+        let bit = (lin >> 12) as usize % JUMP_PAGES;
+        if self.jump_pages[bit / 64] >> (bit % 64) & 1 != 0 {
+            self.flush_jumps();
+        }
     }
 
     /// Find only what was found in this address space.
@@ -171,18 +186,26 @@ impl Cache {
     }
 
     pub(super) fn jump_key(&self, user: bool) -> u64 {
-        self.jump_gen << 20 | self.space << 8 | u64::from(self.mode) | u64::from(user) << 7
+        self.global_jump_key(user) | self.space << 8
+    }
+
+    /// Key of jumps to code that is in all address spaces.
+    pub(super) fn global_jump_key(&self, user: bool) -> u64 {
+        self.jump_gen << 20 | u64::from(self.mode) | u64::from(user) << 7
     }
 
     /// Block for a linear address, if the jump cache has it.
     #[inline(always)]
     pub fn jump(&self, lin: u64, user: bool) -> *const Block {
         let j = &self.jumps[(lin ^ lin >> 12) as usize % JUMP_ENTRIES];
-        if j.lin == lin && j.key == self.jump_key(user) { j.block } else { ptr::null() }
+        let known = j.key == self.jump_key(user) || j.key == self.global_jump_key(user);
+        if j.lin == lin && known { j.block } else { ptr::null() }
     }
 
-    pub fn add_jump(&mut self, lin: u64, user: bool, block: *const Block) {
-        let key = self.jump_key(user);
+    pub fn add_jump(&mut self, lin: u64, user: bool, global: bool, block: *const Block) {
+        let key = if global { self.global_jump_key(user) } else { self.jump_key(user) };
+        let bit = (lin >> 12) as usize % JUMP_PAGES;
+        self.jump_pages[bit / 64] |= 1 << (bit % 64);
         self.jumps[(lin ^ lin >> 12) as usize % JUMP_ENTRIES] = Jump { lin, key, block };
     }
 

@@ -21,6 +21,8 @@ const CODE_ENTRIES: usize = 256;
 /// Address-space numbers share a code tag with the page number.  The last one stays unused so
 /// that an empty entry (all ones) matches nothing.
 const MAX_ASID: u64 = 0xFFE;
+/// The number of code pages that all address spaces share (CR4.PGE, SDM 3A, 4.10.2.4).
+const GLOBAL: u64 = 0;
 /// Address spaces that are remembered; Linux uses six PCIDs.
 const PCID_SLOTS: usize = 6;
 
@@ -135,6 +137,8 @@ struct Mapped {
     size: u64,
     /// Writes need no further walk: allowed for the walking privilege, and dirty already.
     write: bool,
+    /// All address spaces have it.
+    global: bool,
 }
 
 /// #PF error code bits (SDM 3A, 4.7).
@@ -153,6 +157,7 @@ mod pte {
     pub const A: u64 = 1 << 5;
     pub const D: u64 = 1 << 6;
     pub const PS: u64 = 1 << 7;
+    pub const G: u64 = 1 << 8;
     pub const NX: u64 = 1 << 63;
     pub const ADDR: u64 = 0x000F_FFFF_FFFF_F000;
 }
@@ -263,6 +268,8 @@ impl Cpu {
         self.tlb.pcids = [(0, 0); PCID_SLOTS];
         self.tlb.large = None;
         self.tlb.clear_data();
+        self.tlb.clear_code();
+        self.cache.flush_jumps();
         let asid = self.new_asid();
         self.tlb.pcids[0] = (self.pcid(), asid);
         self.tlb.pcid_victim = 1;
@@ -328,7 +335,7 @@ impl Cpu {
         for bank in &mut self.tlb.code {
             bank[i % CODE_ENTRIES].tag = u64::MAX;
         }
-        self.cache.flush_jumps();
+        self.cache.flush_jumps_to(lin);
     }
 
     /// Anything that decides about address computation, privilege or decoding has changed.
@@ -591,6 +598,7 @@ impl Cpu {
                 gpa: page | lin & (size - 1),
                 size,
                 write: may_write && (dirty || e & pte::D != 0),
+                global: e & pte::G != 0 && self.cr4 & cr4::PGE != 0,
             }));
         }
     }
@@ -599,7 +607,7 @@ impl Cpu {
     fn translate(&mut self, lin: u64, access: Access, right: Right) -> Result<Mapped, Stop> {
         if self.cr0 & cr0::PG == 0 {
             let gpa = lin & 0xFFFF_FFFF;
-            return Ok(Mapped { gpa, size: PAGE, write: true });
+            return Ok(Mapped { gpa, size: PAGE, write: true, global: false });
         }
         let user = self.cpl == 3 && right == Right::Current;
         let ac = self.rflags & fl::AC != 0 && right == Right::Current;
@@ -1077,7 +1085,8 @@ impl Cpu {
     pub fn fetch_gpa(&mut self, lin: u64) -> Result<u64, Stop> {
         let bank = usize::from(self.cpl == 3);
         let e = &self.tlb.code[bank][(lin >> 12) as usize % CODE_ENTRIES];
-        if e.tag == lin & PAGE_MASK | self.asid {
+        let page = lin & PAGE_MASK;
+        if e.tag == page | self.asid || e.tag == page | GLOBAL {
             return Ok(e.gpa | lin & (PAGE - 1));
         }
         self.fetch_slow(lin)
@@ -1097,9 +1106,17 @@ impl Cpu {
             self.tlb.large = Some((old.0.min(lo), old.1.max(hi)));
         }
         let bank = usize::from(self.cpl == 3);
+        let space = if m.global { GLOBAL } else { self.asid };
         self.tlb.code[bank][(lin >> 12) as usize % CODE_ENTRIES] =
-            CodeEntry { tag: lin & PAGE_MASK | self.asid, gpa: m.gpa & PAGE_MASK };
+            CodeEntry { tag: lin & PAGE_MASK | space, gpa: m.gpa & PAGE_MASK };
         Ok(m.gpa)
+    }
+
+    /// Is the code page of `lin`, which was fetched from last, the same in all address spaces?
+    pub fn is_global(&self, lin: u64) -> bool {
+        let bank = usize::from(self.cpl == 3);
+        let e = &self.tlb.code[bank][(lin >> 12) as usize % CODE_ENTRIES];
+        e.tag == lin & PAGE_MASK | GLOBAL
     }
 
     // -- operands ------------------------------------------------------------------------------

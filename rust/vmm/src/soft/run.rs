@@ -309,7 +309,9 @@ impl Cpu {
     fn lookup(&mut self) -> Result<*const Block, Stop> {
         let lin = self.code_lin(self.rip);
         let b = self.block_at(lin, false)?;
-        self.cache.add_jump(lin, self.cpl == 3, b);
+        // SAFETY: as in `blocks`.
+        let global = self.is_global(lin) && unsafe { (*b).gpa2.is_none() };
+        self.cache.add_jump(lin, self.cpl == 3, global, b);
         Ok(b)
     }
 

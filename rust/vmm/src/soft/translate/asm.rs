@@ -146,6 +146,10 @@ impl Asm {
         self.gs(true, 0x03, reg, offset);
     }
 
+    pub fn cmp_gs(&mut self, reg: Reg, offset: usize) {
+        self.gs(true, 0x3B, reg, offset);
+    }
+
     pub fn xor_gs32(&mut self, reg: Reg, offset: usize) {
         self.gs(false, 0x33, reg, offset);
     }

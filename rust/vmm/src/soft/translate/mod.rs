@@ -60,6 +60,8 @@ pub struct Jit {
     jumps: *const Jump,
     /// Key of the present mode, privilege and address space.
     key: u64,
+    /// The same for code that is in all address spaces.
+    global_key: u64,
     /// What it contributes to an index in the jump table.
     salt: u64,
     /// Code to enter.
@@ -93,6 +95,7 @@ impl Default for Jit {
             page: 0,
             jumps: ptr::null(),
             key: 0,
+            global_key: 0,
             salt: 0,
             target: ptr::null(),
             cpu: ptr::null_mut(),
@@ -254,9 +257,13 @@ fn thunks(code: &mut CodeBuf, events: *const u32) -> Option<Thunks> {
     a.add_gs(S2, jit(offset_of!(Jit, jumps)));
     a.mem(true, 0x3B, S1, S2, offset_of!(Jump, lin) as i32);
     a.jcc(NE, out);
-    a.load(S1, jit(offset_of!(Jit, key)));
-    a.mem(true, 0x3B, S1, S2, offset_of!(Jump, key) as i32);
+    let known = a.label();
+    a.mem(true, 0x8B, S1, S2, offset_of!(Jump, key) as i32);
+    a.cmp_gs(S1, jit(offset_of!(Jit, global_key)));
+    a.jcc(E, known);
+    a.cmp_gs(S1, jit(offset_of!(Jit, key)));
     a.jcc(NE, other);
+    a.bind(known);
     a.mem(true, 0x8B, S1, S2, offset_of!(Jump, page) as i32);
     a.store(jit(offset_of!(Jit, page)), S1);
     a.jmp_mem(S2, offset_of!(Jump, code) as i32);
@@ -416,8 +423,10 @@ impl Cpu {
     fn set_jump_key(&mut self) {
         let user = self.cpl == 3;
         self.jit.key = self.cache.jump_key(user);
-        // The same addresses in several spaces are to have entries of their own.
-        self.jit.salt = self.asid.wrapping_mul(0x9E37);
+        self.jit.global_key = self.cache.global_jump_key(user);
+        // The same addresses in several spaces have entries of their own; most of a kernel is
+        // in all of them.
+        self.jit.salt = if user { self.asid.wrapping_mul(0x9E37) } else { 0 };
     }
 
     /// Translated code left for `to`, whose code is here: have it go there by itself next time.
@@ -428,10 +437,11 @@ impl Cpu {
         let Some(code) = to.code() else { return };
         if flow == INDIRECT {
             self.set_jump_key();
-            let Some(t) = &mut self.jit.translator else { return };
             let lin = self.rip;
+            let global = self.is_global(lin);
+            let Some(t) = &mut self.jit.translator else { return };
             let i = ((lin >> 12 ^ lin ^ self.jit.salt) as usize) % JUMPS;
-            let key = self.jit.key;
+            let key = if global { self.jit.global_key } else { self.jit.key };
             t.jumps[i] = Jump { lin, key, page: lin & PAGE_MASK, code: code.entry };
             code.jumps.push(i);
             return;
