@@ -7,6 +7,7 @@ bhyve: qemu_fwcfg.c, which has no DMA.
 
 from __future__ import annotations
 
+import logging
 import struct
 import threading
 from pathlib import Path
@@ -24,6 +25,8 @@ from pybhyve.vmmapi import VmCtx, VmmError, map_iov, release_iov
 if TYPE_CHECKING:
     from pybhyve.amd64.inout import InoutTable
     from pybhyve.bhyverun.machine import Machine
+
+log = logging.getLogger(__name__)
 
 SELECTOR_PORT: Final = 0x510
 DATA_PORT: Final = 0x511
@@ -283,6 +286,8 @@ def init_fwcfg(machine: Machine) -> None:
     if machine.options.lpc_fwcfg == "qemu":
         fwcfg.attach(machine.inout)
         machine.add_device("fwcfg", fwcfg)
+    elif machine.options.fwcfg:
+        log.warning("the guest cannot see the items of -f without lpc.fwcfg=qemu")
     elif machine.firmware is not None:
         machine.add_device("fwctl", Fwctl(machine))
 

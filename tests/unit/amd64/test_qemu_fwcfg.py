@@ -184,6 +184,36 @@ def test_no_request_raises(rig, requests):
     assert rig.driver.read(4) == b"QEMU"
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0x510, 0x51B),
+            st.sampled_from([1, 2, 4]),
+            st.none() | st.integers(0, 0xFFFFFFFF),
+        )
+    )
+)
+def test_any_access(rig, accesses):
+    inout = rig.machine.inout
+    for port, size, value in accesses:
+        if value is None:
+            assert 0 <= inout.read(port, size) < 1 << 8 * size
+        else:
+            inout.write(port, size, value & (1 << 8 * size) - 1)
+    saved = rig.fwcfg.save()
+    rig.fwcfg.restore(saved)
+
+    assert rig.fwcfg.save() == saved
+
+
+def test_items_that_nobody_sees(build, caplog):
+    machine = build(fwcfg__0__name="a", fwcfg__0__string="x")
+
+    assert machine.fwcfg.file("a") == b"x\0"
+    assert "cannot see the items of -f without lpc.fwcfg=qemu" in caplog.text
+
+
 def test_no_ports_with_bhyves_interface_but_the_items(build):
     machine = build(cpus=2)
 
