@@ -9,8 +9,14 @@ import pytest
 from pybhyve.errors import DeviceError
 from pybhyve.options import Options
 from pybhyve.pci.bus import ROM_SEGMENT, pci_host
-from pybhyve.pci.emul import BAR_MEM32, BarMemory, PciAddress, PciDevice
-from pybhyve.vmmapi import VM_FRAMEBUFFER, VM_PCIROM, VmmError
+from pybhyve.pci.emul import BAR_MEM32, BAR_ROM, BarMemory, PciAddress, PciDevice
+from pybhyve.vmmapi import (
+    REGISTERS,
+    VM_FRAMEBUFFER,
+    VM_PCIROM,
+    SuspendHow,
+    VmmError,
+)
 from tests.guestside.pci import PciFunction
 
 ONES = 0xFFFFFFFF
@@ -30,6 +36,10 @@ class Card(PciDevice[Options]):
         memory = BarMemory(VM_FRAMEBUFFER, 0, mmap.PROT_READ | mmap.PROT_WRITE)
         self.add_bar(0, BAR_MEM32, FRAME_BYTES, memory)
         self.add_rom(str(rom))
+        self.rom_moves = 0
+
+    def bar_moved(self, bar, addr):
+        self.rom_moves += bar.kind == BAR_ROM
 
 
 @pytest.fixture
@@ -143,6 +153,42 @@ def test_there_is_room_for_it_in_the_bus_window(machine):
     _base, end = pci_host(machine).buses[0].mem32
 
     assert end >= 0xC0000000 + FRAME_BYTES + 8192
+
+
+def test_it_comes_and_goes_while_another_vcpu_reads_it(build, rom):
+    """Real-mode code: vCPU 0 switches the ROM on and off, vCPU 1 reads it."""
+    machine = build(cpus=2)
+    host = pci_host(machine)
+    device = Card(machine, PciAddress(0, 3, 0), rom)
+    host.add(device)
+    host.finish_setup()
+    machine.inout.register("end", 0xF4, 1, None, lambda *_: machine.request_poweroff())
+    times = 500
+    switch = (
+        "66b8 30180080 baf80c 66ef bafc0c"  # eax = 3:0 register 0x30; out 0xcf8, eax
+        f"66b9 {times.to_bytes(4, 'little').hex()}"  # mov ecx, times
+        "66b8 010000d0 66ef 66b8 000000d0 66ef"  # on at 0xd0000000; off
+        "6649 75ec baf400 ee ebfe"  # dec ecx; jnz; out 0xf4, al
+    )
+    read = "a00000 a20001 ebf8"  # mov al, [0]; mov [0x100], al; jmp
+    for index, (code, ds) in enumerate([(switch, 0), (read, 0xD0000000)]):
+        at = 0x1000 * (index + 1)
+        machine.ctx.write(at, bytes.fromhex(code))
+        vcpu = machine.ctx.vcpu(index)
+        vcpu.reset()
+        vcpu.set_register(REGISTERS["cs"], 0)
+        vcpu.set_desc(REGISTERS["cs"], 0, 0xFFFF, 0x93)
+        vcpu.set_desc(REGISTERS["ds"], ds, 0xFFFF, 0x93)
+        vcpu.set_register(REGISTERS["rip"], at)
+    machine.start()
+    machine.vm.resume_cpu(1)
+
+    assert machine.run() == SuspendHow.POWEROFF
+    machine.halt()
+
+    assert machine.vm.vcpu(1).get_register(REGISTERS["rax"]) & 0xFF in (0x55, 0xFF)
+    assert mapped(machine, VM_PCIROM) == []
+    assert device.rom_moves == 2 * times
 
 
 @pytest.mark.parametrize(
