@@ -14,6 +14,7 @@ import struct
 import threading
 import time
 import zlib
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pybhyve.net import (
@@ -783,12 +784,13 @@ class PciE1000(PciDevice[NetOptions]):
 
     def _count_sent(self, frame: bytearray, header: VnetHeader) -> None:
         stats, length = self._stats, len(frame)
-        for counter in (GPTC, TPT, PTC64 + 4 * _size_class(length)):
-            stats[counter // 4] += 1
-        for counter in (GOTC, TOT):
-            stats[counter // 4] += length
+        stats[GPTC // 4] += 1
+        stats[TPT // 4] += 1
+        stats[PTC64 // 4 + bisect_left(_SIZES, length + FCS_SIZE)] += 1
+        stats[GOTC // 4] += length
+        stats[TOT // 4] += length
         if frame[0] & MULTICAST:
-            stats[(BPTC if frame[:6] == BROADCAST else MPTC) // 4] += 1
+            stats[(BPTC if frame.startswith(BROADCAST) else MPTC) // 4] += 1
         if header.gso_type:
             stats[TSCTC // 4] += 1
 
@@ -853,7 +855,8 @@ class PciE1000(PciDevice[NetOptions]):
             if accepted is None:
                 continue
             frame, status, tag = accepted
-            need = -(-len(frame) // room)
+            total = len(frame)
+            need = -(-total // room)
             if need >= size:
                 self._stats[MPC // 4] += 1
                 continue  # all of the ring would be too little
@@ -863,24 +866,18 @@ class PciE1000(PciDevice[NetOptions]):
                 if not written:
                     self._backend.disable_receive()
                 break
-            for at in range(0, len(frame), room):
-                part = frame[at : at + room]
+            for end in range(room, total, room):
                 addr = _RXD.unpack_from(raw, len(written) * DESC_SIZE)[0]
-                self._store(addr, part)
-                last = at + room >= len(frame)
-                written.append(
-                    _RXD.pack(
-                        addr,
-                        len(part),
-                        0,
-                        status | RXD_STAT_EOP if last else RXD_STAT_DD,
-                        0,
-                        tag,
-                    )
-                )
-            self._count_received(length - HEADER_LEGACY)
+                self._store(addr, frame[end - room : end])
+                written.append(_RXD.pack(addr, room, 0, RXD_STAT_DD, 0, 0))
+            rest = frame[(need - 1) * room :]
+            addr = _RXD.unpack_from(raw, len(written) * DESC_SIZE)[0]
+            self._store(addr, rest)
+            status |= RXD_STAT_EOP
+            written.append(_RXD.pack(addr, len(rest), 0, status, 0, tag))
+            self._count_received(frame, length - HEADER_LEGACY)
             causes |= ICR_RXT0
-            if len(frame) <= small:
+            if total <= small:
                 causes |= ICR_SRPD
         if written:
             first = size - head
@@ -889,21 +886,19 @@ class PciE1000(PciDevice[NetOptions]):
                 self._store(base, b"".join(written[first:]))
         return len(written), causes
 
-    def _filter(
-        self, length: int, rctl: int
-    ) -> tuple[memoryview | bytes, int, int] | None:
+    def _filter(self, length: int, rctl: int) -> tuple[bytes, int, int] | None:
         """The frame in the buffer as the driver gets it; None: it is not for us.
 
         With the status of its descriptors, and its VLAN tag.
         """
-        frame: memoryview | bytes = self._buffer[HEADER_LEGACY:length]
-        size = len(frame)
+        size = length - HEADER_LEGACY
         if size < ETHER_HEADER:
             return None
         if size > (ETHER_MAX_LONG if rctl & RCTL_LPE else ETHER_MAX):
             self._stats[ROC // 4] += 1
             return None
-        destination = bytes(frame[:6])
+        frame = bytes(self._buffer[HEADER_LEGACY:length])
+        destination = frame[:6]
         status = RXD_STAT_DD | RXD_STAT_IXSM
         if destination[0] & MULTICAST:
             if destination == BROADCAST:
@@ -922,25 +917,25 @@ class PciE1000(PciDevice[NetOptions]):
             if rctl & RCTL_VFE and not self._vfta[vlan >> 3] >> (vlan & 7) & 1:
                 return None
             if self._regs.CTRL & CTRL_VME:
-                frame = bytes(frame[:MACS]) + bytes(frame[MACS + TAG_SIZE :])
+                frame = frame[:MACS] + frame[MACS + TAG_SIZE :]
                 status |= RXD_STAT_VP
             else:
                 tag = 0
-        if len(frame) < ETHER_MIN:
-            frame = bytes(frame).ljust(ETHER_MIN, b"\0")
+        if size < ETHER_MIN + TAG_SIZE:
+            frame = frame.ljust(ETHER_MIN, b"\0")
         if not rctl & RCTL_SECRC:
-            frame = bytes(frame) + zlib.crc32(frame).to_bytes(FCS_SIZE, "little")
+            frame += zlib.crc32(frame).to_bytes(FCS_SIZE, "little")
         return frame, status, tag
 
-    def _count_received(self, length: int) -> None:
+    def _count_received(self, frame: bytes, length: int) -> None:
         stats = self._stats
-        for counter in (GPRC, TPR, PRC64 + 4 * _size_class(length)):
-            stats[counter // 4] += 1
-        for counter in (GORC, TOR):
-            stats[counter // 4] += length
-        destination = self._buffer[HEADER_LEGACY : HEADER_LEGACY + 6]
-        if destination[0] & MULTICAST:
-            stats[(BPRC if destination == BROADCAST else MPRC) // 4] += 1
+        stats[GPRC // 4] += 1
+        stats[TPR // 4] += 1
+        stats[PRC64 // 4 + bisect_left(_SIZES, length + FCS_SIZE)] += 1
+        stats[GORC // 4] += length
+        stats[TOR // 4] += length
+        if frame[0] & MULTICAST:
+            stats[(BPRC if frame.startswith(BROADCAST) else MPRC) // 4] += 1
 
     def _has_address(self, mac: bytes) -> bool:
         """Whether it is one of the receive addresses (13.5.2)."""
@@ -1044,12 +1039,6 @@ def _buffer_size(rctl: int) -> int:
     size = 2048 >> (rctl >> RCTL_BSIZE_SHIFT & 3)
     # With BSEX 2048 is not allowed.
     return size * 16 if rctl & RCTL_BSEX and size < 2048 else size
-
-
-def _size_class(length: int) -> int:
-    """Which of six counters a frame of that length goes to."""
-    length += FCS_SIZE
-    return sum([length > limit for limit in _SIZES])
 
 
 def _put_sum(frame: bytearray, start: int, at: int, end: int = 0) -> None:
