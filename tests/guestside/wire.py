@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -97,15 +98,32 @@ class Wire(Backend):
             assert done.wait(WAIT_SECONDS)
 
 
+class _Failures(logging.Handler):
+    """What the event loop says of callbacks that raised."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.records: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(self.format(record))
+
+
 @contextmanager
-def running(machine: Machine) -> Iterator[None]:
-    """Have a machine's event loop run, and its devices, but no vCPU."""
+def running(machine: Machine, device: str) -> Iterator[None]:
+    """Have a machine's event loop run, and one of its devices, but no vCPU.
+
+    Fails if anything raised in there.
+    """
+    failures = _Failures()
+    logging.getLogger("pybhyve.mevent").addHandler(failures)
     thread = threading.Thread(target=machine.mevent.run)
-    for device in machine.devices.values():
-        device.start()
+    machine.devices[device].start()
     thread.start()
     try:
         yield
     finally:
         machine.mevent.stop()
         thread.join()
+        logging.getLogger("pybhyve.mevent").removeHandler(failures)
+    assert not failures.records, failures.records[0]

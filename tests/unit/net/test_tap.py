@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -172,6 +174,20 @@ def test_malformed_frames_are_lost():
     for iov in ([b""], [bytes(9)], [bytes(10)], [bytes(10), bytes(13)], [b"\xff" * 70]):
         tap.send(iov)
     tap.send([bytes(10), bytes(70000)])
+    guest.close()
+
+
+@in_namespace
+def test_any_header_in_front_of_anything():
+    guest = station()
+    randomly = random.Random(11)
+    for _ in range(3000):
+        header = bytes(randomly.choice((0, 1, 4, 0xFF)) for _ in range(2))
+        header += struct.pack("<4H", *(randomly.randrange(100) for _ in range(4)))
+        frame = frames.tcp_segment(1, 2, 3, 4, 5, randomly.randbytes(3000))
+        packet = frames.ipv4("192.168.9.2", "192.168.9.1", frames.TCP, frame)
+        whole = frames.ether(b"\xff" * 6, MAC, frames.ETHERTYPE_IPV4, packet)
+        guest.tap.send([header, whole[: randomly.choice((0, 20, 60, 4000))]])
     guest.close()
 
 

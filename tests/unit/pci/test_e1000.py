@@ -67,7 +67,7 @@ def nic(build, monkeypatch) -> Iterator[Callable[..., Nic]]:
 
             monkeypatch.setattr(e1000, "open_backend", open_wire)
             machine = build("2,e1000", pci__0__2__0__mac="00:a0:98:01:02:03")
-            stack.enter_context(running(machine))
+            stack.enter_context(running(machine, "pci.0.2.0"))
             card = Nic(machine, wires[0], size)
             card.take_wires()
             return card
@@ -460,6 +460,32 @@ def test_rings_that_make_no_sense(nic, registers):
     while (got := card.receive(frame_to(MAC, seed=9))) is None:
         pass
     assert got[0] == frame_to(MAC, seed=9)
+
+
+def test_any_descriptors(nic):
+    card = nic(64)
+    randomly = random.Random(17)
+    for _ in range(150):
+        card.start(rctl=randomly.getrandbits(27) & ~(3 << 6), tctl=1 << 3)
+        card.set(chip.CTRL, randomly.choice((0, 1 << 30)))
+        for at in range(64):
+            address = randomly.choice((0x800000, 0x1FFFFF0, 1 << 60, 0xE0000000))
+            card.vm.write_mem(chip.RX_RING + 16 * at, struct.pack("<QQ", address, 0))
+            lower = randomly.choice((60, 1514, 9000, 0xFFFFF, 0, 3))
+            lower |= randomly.getrandbits(8) << 24 | randomly.getrandbits(1) << 20
+            upper = randomly.getrandbits(32)
+            desc = struct.pack("<QII", address, lower, upper)
+            card.vm.write_mem(chip.TX_RING + 16 * at, desc)
+        card.wire.put(frame_to(MAC), frame_to(frames.BROADCAST, 1518), b"")
+        card.set(chip.TDT, randomly.randrange(64))
+        card.wire.settle()
+        card.wire.waiting.clear()
+    card.start()
+    card.wire.sent.clear()
+    card.data(b"alive" * 20, LAST)
+    card.kick()
+
+    assert card.wire.wait_sent() == [NO_HEADER + b"alive" * 20]
 
 
 # -- reception -----------------------------------------------------------------------

@@ -78,7 +78,7 @@ def nic(build, monkeypatch) -> Iterator[Callable[..., Nic]]:
 
             monkeypatch.setattr(virtio_net, "open_backend", open_wire)
             machine = build("2,virtio-net", **variables)
-            stack.enter_context(running(machine))
+            stack.enter_context(running(machine, "pci.0.2.0"))
             return Nic(machine, wires[0], **options)
 
         yield make
@@ -367,6 +367,55 @@ def test_a_driver_that_breaks_the_rules(nic):
     queue.kick()
     card.wire.wait(lambda: card.driver.status & NEEDS_RESET)
     card.driver.start(ALL)
+    card.send(b"alive")
+
+    assert card.wire.wait_sent() == [bytes(12) + b"alive"]
+
+
+ANYWHERE = st.one_of(
+    st.integers(0, 1 << 25), st.integers(0, (1 << 64) - 1), st.just(0x100000)
+)
+DESCRIPTORS = st.lists(
+    st.tuples(
+        ANYWHERE,
+        st.one_of(st.integers(0, 70000), st.integers(0, 0xFFFFFFFF)),
+        st.integers(0, 7),
+        st.integers(0, 1100),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    queue=st.sampled_from((RXQ, TXQ, CTLQ)),
+    descriptors=DESCRIPTORS,
+    heads=st.lists(st.integers(0, 15), min_size=1, max_size=20),
+    features=st.sampled_from((ALL, 0, RING, MRG_RXBUF | CTRL_VQ)),
+)
+def test_any_rings(hypothesis_nic, queue, descriptors, heads, features):
+    card = hypothesis_nic
+    card.driver._heap = 0x400000
+    card.driver.start(features)
+    ring = card.driver.queues.get(queue)
+    assert ring is not None
+    for index, desc in enumerate(descriptors):
+        ring.write_desc(index, desc)
+    for head in heads:
+        ring.make_available(head)
+    card.wire.put(bytes(1500), b"", bytes(9000))
+    card.driver.notify(queue)
+    card.wire.settle()
+    card.wire.waiting.clear()
+    card.driver._heap = 0x400000
+    card.driver.start(ALL)
+    card.wire.settle()
+    card.wire.sent.clear()
     card.send(b"alive")
 
     assert card.wire.wait_sent() == [bytes(12) + b"alive"]
