@@ -42,7 +42,7 @@ def _start(vm: Vm, target: int, vector: int) -> None:
     """Begin at the start of the page that the vector names, in real mode."""
     log.debug("sipi vcpu=%d vector=%#x", target, vector)
     vcpu = vm.vcpu(target)
-    vcpu.reset()
+    vcpu.init()
     vcpu.set_register(REGISTERS["cs"], vector << 8)
     vcpu.set_desc(REGISTERS["cs"], vector << 12, 0xFFFF, CS_ACCESS)
     vcpu.set_register(REGISTERS["rip"], 0)
