@@ -93,12 +93,23 @@ def test_efi_shell_and_a_program_from_a_disk(boot: Boot, tmp_path: Path) -> None
     shell.console.expect("iPXE> ", 30)
 
 
-@pytest.mark.parametrize("name", ["bhyve", "ovmf", "seabios"])
-def test_ipxe_iso(boot: Boot, name: str) -> None:
-    """UEFI starts its El Torito image, a BIOS starts ISOLINUX, which loads it."""
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("bhyve", "ahci-cd"),
+        ("ovmf", "ahci-cd"),
+        ("seabios", "ahci-cd"),
+        ("seabios", "ahci-hd"),
+    ],
+)
+def test_ipxe_iso(boot: Boot, name: str, device: str) -> None:
+    """UEFI starts its El Torito image, a BIOS starts ISOLINUX, which loads it.
+
+    The ISO is a disk too, for a BIOS.
+    """
     image = uefi() if name == "bhyve" else firmware.FIRMWARE[name]()
     iso = fetch.package("ipxe").file("usr/lib/ipxe/ipxe.iso")
-    console = boot(f"ipxe-{name}", f"3:0,ahci-cd,{iso}", image=image)
+    console = boot(f"ipxe-{name}", f"3:0,{device},{iso},ro", image=image)
     console.expect("Open Source Network Boot Firmware", TIMEOUT)
     console.expect("Press Ctrl-B", TIMEOUT)
     console.send("\x02")
@@ -156,6 +167,17 @@ def test_grub_shell(boot: Boot, tmp_path: Path) -> None:
     shell.type("halt")
 
     assert shell.console.wait(60) == 1
+
+
+@pytest.mark.parametrize("first", ["hd", "cd"])
+def test_boot_order(boot: Boot, tmp_path: Path, first: str) -> None:
+    disk = media.grub(tmp_path / "grub.img", {})
+    iso = fetch.package("ipxe").file("usr/lib/ipxe/ipxe.iso")
+    hd, cd = (0, 1) if first == "hd" else (1, 0)
+    slots = f"3:0,ahci-hd,{disk},bootindex={hd}", f"4:0,ahci-cd,{iso},bootindex={cd}"
+    console = boot(f"order-{first}", *slots, image=firmware.ovmf())
+
+    console.expect("grub> " if first == "hd" else "Press Ctrl-B", TIMEOUT)
 
 
 def test_debian_installer_to_its_first_dialog(boot: Boot, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pybhyve.bhyverun import slots
 from pybhyve.config import Config
 from pybhyve.errors import ConfigError, DeviceError, one_line
 from pybhyve.pci.ahci import ahcireg as reg
+from pybhyve.pci.bus import pci_host
 from tests.guestside.ahci import h2d, h2d28, queued
 
 VECTOR = 0x40
@@ -101,6 +102,12 @@ def test_an_image_is_one_disk(driver, image):
         driver(port__0__type="hd", port__1__type="hd", port__1__path=str(image))
 
     assert "in use" in one_line(raised.value)
+
+
+def test_boot_order(driver):
+    hba = driver(port__0__type="hd", port__0__bootindex="1")
+
+    assert pci_host(hba.machine).boot_order() == b"/pci@i0cf8/pci@3,0\0"
 
 
 # -- registers -----------------------------------------------------------------------
