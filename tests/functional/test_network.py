@@ -76,6 +76,13 @@ def power_off(console: Console) -> None:
     assert console.wait(60) == 1
 
 
+def serve(network: Network, stream: Path) -> None:
+    """Have the other end of streams in the network."""
+    server = network.start(str(stream), "serve", PORT)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+
+
 DEVICES = [
     pytest.param("debian12-cloud", "virtio-net", "virtio_net", id="virtio-net"),
     pytest.param("debian12-generic", "e1000", "e1000", id="e1000"),
@@ -111,7 +118,7 @@ def test_tap_in_a_bridge(
     assert "3 packets received" in console.run(f"ping -c 3 {HOST}")
     assert "3 packets received" in network.run(busybox, "ping", "-c", "3", GUEST)
 
-    network.start(str(stream), "serve", PORT)
+    serve(network, stream)
     size = str(STREAM_BYTES)
     for mode in ("put", "get"):
         shown = console.run(f"stream {mode} {HOST} {PORT} {size}", STREAM_SECONDS)
@@ -175,7 +182,7 @@ def test_slirp(
     assert "10.0.2.15/24" in console.run("ip addr show dev eth0")
     assert "192.0.2.7" in console.run("nslookup anything.example")
 
-    network.start(str(stream), "serve", PORT)
+    serve(network, stream)
     size = str(STREAM_BYTES)
     for mode in ("put", "get"):
         shown = console.run(f"stream {mode} 10.0.2.2 {PORT} {size}", STREAM_SECONDS)
