@@ -21,7 +21,7 @@ from tools import fetch, firmware, guests
 from tools.network import Network
 
 # What is sent each way; 1 GiB is 1073741824.
-STREAM_BYTES = int(os.environ.get("PYBHYVE_STREAM_BYTES", str(32 << 20)))
+STREAM_BYTES = int(os.environ.get("PYBHYVE_STREAM_BYTES", str(16 << 20)))
 STREAM_SECONDS = 60 + STREAM_BYTES // (1 << 20)
 CONNECTIONS = 200
 PORT = "5001"
