@@ -55,7 +55,12 @@ def watch_button(console: Console) -> None:
         "grep -A 4 'Name=\"Power Button' /proc/bus/input/devices | "
         "grep -o 'event[0-9]*'"
     ).strip()
-    console.run(f"(cat /dev/input/{device} >> /tmp/events &)")
+    # A press before it is open is nobody's.
+    console.run(
+        f"cat /dev/input/{device} >> /tmp/events & "
+        f"until ls -l /proc/$!/fd | grep -q {device}; do sleep 0.1; done",
+        60,
+    )
 
 
 def test_sigterm_presses_the_power_button(boot) -> None:
