@@ -136,7 +136,7 @@ class Ring:
         self.avail_event: int | None = None  # what the driver was told
         self.used_idx = 0
         self.signalled = 0  # used_idx when the need of an interrupt was last decided
-        self.done: list[tuple[int, int]] = []
+        self.done: list[bytes] = []  # used entries that are not in the ring yet
         self.taken = 0
         self.returned = 0
 
@@ -358,7 +358,9 @@ class VirtQueue:
             if not self.kicks or not self._ask(ring):
                 return False
             index = ring.avail[1]
-        if (index - ring.last_avail & 0xFFFF) > ring.size:
+        # Chains that are out have their descriptors: there is an end to them.
+        free = ring.size - (ring.taken - ring.returned)
+        if (index - ring.last_avail & 0xFFFF) > free:
             raise DriverError(
                 f"the available ring goes from {ring.last_avail} to {index}"
             )
@@ -428,7 +430,7 @@ class VirtQueue:
             ring = chain.ring
             ring.returned += 1
             if ring is self.ring:
-                ring.done.append((chain.head, written))
+                ring.done.append(_USED.pack(chain.head, written))
 
     def relchains(self, chains: Iterable[tuple[Chain, int]]) -> None:
         """`relchain` for several chains, each with the number of bytes written."""
@@ -437,7 +439,7 @@ class VirtQueue:
                 ring = chain.ring
                 ring.returned += 1
                 if ring is self.ring:
-                    ring.done.append((chain.head, written))
+                    ring.done.append(_USED.pack(chain.head, written))
 
     def endchains(self, used_all_avail: bool = False) -> None:
         """Show the driver what was released, and interrupt it where it wants that.
@@ -467,14 +469,13 @@ class VirtQueue:
 
     def _publish(self, ring: Ring) -> None:
         """Write used entries, then the index that makes them valid."""
-        done = ring.done
         start = ring.used_idx & ring.mask
-        room = ring.size - start
-        for at, entries in ((start, done[:room]), (0, done[room:])):
-            if entries:
-                data = b"".join([_USED.pack(*entry) for entry in entries])
-                self._vm.write_mem(ring.used + 4 + 8 * at, data)
-        ring.used_idx = ring.used_idx + len(done) & 0xFFFF
+        room = _USED.size * (ring.size - start)
+        data = b"".join(ring.done)
+        self._vm.write_mem(ring.used + 4 + _USED.size * start, data[:room])
+        if len(data) > room:
+            self._vm.write_mem(ring.used + 4, data[room:])
+        ring.used_idx = ring.used_idx + len(ring.done) & 0xFFFF
         ring.done = []
         self._store(ring.used + 2, ring.used_idx)
 

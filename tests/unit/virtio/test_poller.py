@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pybhyve.virtio import VIRTIO_RING_F_EVENT_IDX, Poller
+from pybhyve.virtio import VIRTIO_RING_F_EVENT_IDX, Poller, poller
 from pybhyve.virtio.poller import BUSY, PROBE
 from tests.guestside.virtio import F_WRITE
 from tests.unit.virtio.rig import DATA, SIZE, USED, Rig
@@ -24,7 +24,14 @@ class Device:
         self.fail = False
         for index in range(SIZE):
             rig.desc(index, DATA, 4, F_WRITE)
+        self.looks = 0  # how often the thread began to look
+        self._kick_disable = rig.vq.kick_disable
+        rig.vq.kick_disable = self.kick_disable  # type: ignore[method-assign]  # counts
         self.poller = Poller(rig.ctx.vm, rig.vq, self.run, "test")
+
+    def kick_disable(self) -> None:
+        self._kick_disable()
+        self.looks += 1
 
     def run(self, vq) -> None:
         if self.fail:
@@ -43,6 +50,7 @@ class Device:
         for _ in range(PROBE):
             self.rig.offer(0)
             self.poller.notified()
+        self.wait(lambda: self.looks)
 
     def wait(self, condition) -> None:
         end = time.monotonic() + 20
@@ -75,20 +83,26 @@ def test_notifications_do_where_requests_are_few(device, rig):
         assert wants_notification(rig)
 
 
-def test_a_busy_queue_is_looked_at_without_notifications(device, rig):
+def test_a_busy_queue_is_looked_at_without_notifications(device, rig, monkeypatch):
+    monkeypatch.setattr(poller, "LOOKS", 1 << 30)
     device.probe()
-    device.wait(lambda: not rig.vq.kicks)
     done = PROBE
     for _ in range(50):
         rig.offer(*range(BUSY))
         done += BUSY
         device.wait(lambda: rig.used()[0] == done)  # noqa: B023  # called at once
 
+    assert device.looks == 1
+
+
+def test_a_queue_that_is_quiet_again_has_notifications(device, rig):
+    device.probe()
+
     device.wait(lambda: rig.vq.kicks)
     assert wants_notification(rig)
     rig.offer(3)
     device.poller.notified()
-    assert rig.used()[0] == done + 1
+    assert rig.used()[0] == PROBE + 1
 
 
 def test_requests_under_way_begin_it(device, rig):
@@ -96,10 +110,11 @@ def test_requests_under_way_begin_it(device, rig):
     rig.offer(0)
     device.poller.notified()
     assert rig.vq.outstanding() == 1
+    assert not device.looks
     rig.offer(1)
     device.poller.notified()
 
-    device.wait(lambda: not rig.vq.kicks)
+    device.wait(lambda: device.looks)
 
 
 def test_nothing_is_forgotten_between_the_two(device, rig):
@@ -120,7 +135,8 @@ def wants_before(rig) -> bool:
     return rig.ctx.read(USED, 2) == b"\0\0"
 
 
-def test_after_stop_notifications_do(device, rig):
+def test_after_stop_notifications_do(device, rig, monkeypatch):
+    monkeypatch.setattr(poller, "LOOKS", 1 << 30)
     device.probe()
     device.poller.stop()
 

@@ -261,6 +261,22 @@ def test_an_available_index_that_jumps(rig, index):
     assert "available ring" in rig.broken[0]
 
 
+def test_more_chains_than_descriptors(rig):
+    """A driver that offers what the device still has cannot fill the host's memory."""
+    for index in range(SIZE):
+        rig.desc(index, DATA, 4, F_WRITE)
+    rig.offer(*range(SIZE))
+    taken = [rig.vq.getchain() for _ in range(SIZE)]
+    rig.vq.relchain(taken[0], 4)
+    rig.vq.endchains()
+    rig.offer(0)
+    assert rig.vq.getchain() is not None
+    rig.offer(0)
+
+    assert rig.vq.getchain() is None
+    assert "available ring" in rig.broken[0]
+
+
 @pytest.mark.parametrize(
     ("desc", "avail", "used", "why"),
     [
