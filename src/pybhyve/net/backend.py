@@ -7,9 +7,11 @@ whoever has the least work with them, if anybody.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from typing_extensions import Buffer
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 
 FRAME_MAX: Final = 65536 + 64
 """Bytes of the largest frame with its header, as bhyve: a segmentation's input."""

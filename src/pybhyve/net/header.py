@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import struct
-from typing import Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
-from typing_extensions import Buffer
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 
 HEADER_LEGACY: Final = 10
 HEADER_MRG: Final = 12

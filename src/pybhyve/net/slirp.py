@@ -18,14 +18,15 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pybhyve.errors import DeviceError
 from pybhyve.mevent import EventLoop, Handle
 from pybhyve.net.backend import Backend
 from pybhyve.net.header import HEADER_LEGACY, VnetHeader
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 log = logging.getLogger(__name__)
 

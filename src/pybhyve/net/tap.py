@@ -16,14 +16,15 @@ import socket
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING, Final
 
 from pybhyve.errors import DeviceError
 from pybhyve.mevent import EventLoop, Handle
 from pybhyve.net.backend import Backend
 from pybhyve.net.header import HEADER_LEGACY
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 log = logging.getLogger(__name__)
 
