@@ -117,6 +117,12 @@ def compile_program(name: str) -> Path:
     return _compile(source, BUILD_DIR / name, ["-O1", "-static", "-pthread"], ["-lm"])
 
 
+def compile_library(name: str) -> Path:
+    """A library of tests/guests/src that is loaded into a program of the host's."""
+    source = GUESTS_DIR / "src" / f"{name}.c"
+    return _compile(source, BUILD_DIR / f"{name}.so", ["-O1", "-shared", "-fPIC"])
+
+
 def compile_kernel(name: str, **defines: int) -> Path:
     """A Multiboot kernel of tests/guests/src: an ELF file at 1 MiB."""
     layout = "-Wl,-Ttext=0x100000,-N,--build-id=none,--no-warn-rwx-segments"
