@@ -217,7 +217,7 @@ def test_boot_goes_on_in_another_machine(
 
     # In the first seconds, when the kernel meets its devices and starts its CPUs.
     moments = random.Random(seed)
-    pauses = [moments.uniform(0.2, 1.5) for _ in range(MOVES)]
+    pauses = [moments.uniform(0.1, 0.4) for _ in range(MOVES)]
     print(f"seed {seed}: moves after", " ".join(f"{pause:.3f}" for pause in pauses))
     for pause in pauses:
         result = run_until(machine, time.monotonic() + pause)
