@@ -112,7 +112,7 @@ struct Lowerer<'a> {
     events: u64,
 }
 
-/// Flags of a memory operand or of a whole instruction cannot be translated.
+/// The instruction is its handler's: something about its operands is out of the ordinary.
 struct No;
 
 /// Translate a block of 64-bit code.  A block that cannot be translated stays as it is.
@@ -152,7 +152,6 @@ pub fn translate(cpu: &mut Cpu, t: &mut Translator, b: &Block) {
         links: l.links,
         unlinked,
         incoming: Vec::new(),
-        jumps: Vec::new(),
         _helps: l.helps,
     });
 }

@@ -145,8 +145,6 @@ pub struct Code {
     unlinked: [*const u8; 2],
     /// Exits of other blocks that lead here.
     incoming: Vec<(*const Block, usize)>,
-    /// Places in the jump table that lead here.
-    jumps: Vec<usize>,
     #[expect(clippy::vec_box, reason = "translated code points to them")]
     _helps: Vec<Box<Help>>,
 }
@@ -443,7 +441,6 @@ impl Cpu {
             let i = ((lin >> 12 ^ lin ^ self.jit.salt) as usize) % JUMPS;
             let key = if global { self.jit.global_key } else { self.jit.key };
             t.jumps[i] = Jump { lin, key, page: lin & PAGE_MASK, code: code.entry };
-            code.jumps.push(i);
             return;
         }
         // SAFETY: blocks live until `drop_blocks`; nobody else uses this one's code.
@@ -471,10 +468,9 @@ impl Cpu {
             }
         }
         if let Some(t) = &mut self.jit.translator {
-            for i in mem::take(&mut code.jumps) {
-                if t.jumps[i].code == code.entry {
-                    t.jumps[i] = NO_JUMP;
-                }
+            // Code is written seldom enough to look at all of them.
+            for jump in t.jumps.iter_mut().filter(|j| j.code == code.entry) {
+                *jump = NO_JUMP;
             }
         }
         b.entry.set(ptr::null());
