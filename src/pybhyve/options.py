@@ -16,12 +16,13 @@ report of unknown variables (`Options.unknown`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import (
     Any,
     ClassVar,
     Final,
+    Generic,
     Self,
     TypeVar,
     cast,
@@ -47,6 +48,36 @@ class _Required:
 
 
 REQUIRED: Final = _Required()
+
+
+@dataclass(slots=True, frozen=True)
+class Parser(Generic[T]):
+    """A parser for `key`, with the manual's word for what it takes."""
+
+    kind: str
+    parse: Callable[[str], T]
+
+    def __call__(self, text: str) -> T:
+        """The value of a text; ValueError says what was expected."""
+        return self.parse(text)
+
+
+def parser(kind: str) -> Callable[[Callable[[str], T]], Parser[T]]:
+    """Decorate a function that parses values which the manual calls ``kind``."""
+    return lambda parse: Parser(kind, parse)
+
+
+def integer(least: int, most: int) -> Parser[int]:
+    """A parser of numbers from ``least`` to ``most``."""
+
+    @parser("integer")
+    def parse(text: str) -> int:
+        value = parse_int(text)
+        if not least <= value <= most:
+            raise ValueError(f"expected {least} to {most}")
+        return value
+
+    return parse
 
 
 @dataclass(slots=True, frozen=True)
@@ -204,7 +235,7 @@ def key(
     without a default must be set.
     """
     if parse is not None:
-        kind = getattr(parse, "kind", getattr(parse, "__name__", "value"))
+        kind = parse.kind if isinstance(parse, Parser) else parse.__name__
     elif isinstance(default, bool):
         parse, kind = parse_bool, "boolean"
     elif isinstance(default, int):
@@ -220,15 +251,15 @@ def numbered(options: type[O], *, doc: str, name: str = "") -> Mapping[int, O]:
     return cast("Mapping[int, O]", Group(name, options, doc))
 
 
-def one_of(*words: str) -> Callable[[str], str]:
+def one_of(*words: str) -> Parser[str]:
     """A parser that takes exactly one of some words."""
 
+    @parser("|".join(words))
     def parse(text: str) -> str:
         if text not in words:
             raise ValueError(f"expected {', '.join(words[:-1])} or {words[-1]}")
         return text
 
-    parse.kind = "|".join(words)  # type: ignore[attr-defined]  # read by key()
     return parse
 
 
@@ -245,26 +276,10 @@ class Options:
         groups = dict(cls.groups)
         for attribute, declared in list(vars(cls).items()):
             if isinstance(declared, Key):
-                named_key = declared
-                if not declared.name:
-                    named_key = Key(
-                        attribute,
-                        declared.default,
-                        declared.parse,
-                        declared.kind,
-                        declared.doc,
-                        declared.legacy,
-                        declared.preset,
-                        declared.deprecated,
-                    )
-                keys[attribute] = named_key
+                keys[attribute] = replace(declared, name=declared.name or attribute)
                 delattr(cls, attribute)
             elif isinstance(declared, Group):
-                groups[attribute] = Group(
-                    declared.name or attribute,
-                    declared.options,
-                    declared.doc,
-                )
+                groups[attribute] = replace(declared, name=declared.name or attribute)
                 delattr(cls, attribute)
         cls.keys = MappingProxyType(keys)
         cls.groups = MappingProxyType(groups)

@@ -9,25 +9,14 @@ import re
 from collections.abc import Mapping
 from uuid import UUID
 
-from pybhyve.options import Options, key, numbered, one_of
+from pybhyve.options import Options, integer, key, numbered, one_of, parser
 
 
-def _tcp_port(text: str) -> int:
-    if text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535:
-        return int(text)
-    raise ValueError("expected a port from 0 to 65535")
-
-
-_tcp_port.kind = "integer"  # type: ignore[attr-defined]  # read by key()
-
-
+@parser("uuid")
 def _uuid(text: str) -> UUID:
     if re.fullmatch("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", text):
         return UUID(text)
     raise ValueError("expected a UUID like 01234567-89ab-cdef-0123-456789abcdef")
-
-
-_uuid.kind = "uuid"  # type: ignore[attr-defined]  # read by key()
 
 
 class VcpuOptions(Options):
@@ -106,7 +95,10 @@ class GlobalOptions(Options):
         "localhost", name="gdb.address", doc="Where the debug server listens."
     )
     gdb_port: int = key(
-        0, parse=_tcp_port, name="gdb.port", doc="Port of the debug server; 0: none."
+        0,
+        parse=integer(0, 65535),
+        name="gdb.port",
+        doc="Port of the debug server; 0: none.",
     )
     gdb_wait: bool = key(
         False, name="gdb.wait", doc="Do not start before a debugger has connected."

@@ -259,12 +259,14 @@ class BootVars(Device):
             except OSError as error:
                 # Tried again with the next change, and at the end.
                 self._dirty = True
-                if not self._failing or self._ending.is_set():
-                    log.error(  # noqa: TRY400  # one line, no traceback, for the user
-                        "the firmware's variables could not be written: %s",
-                        one_line(error),
-                    )
-                self._failing = True
+                self._report(error)
+
+    def _report(self, error: OSError) -> None:
+        if not self._failing or self._ending.is_set():
+            log.error(
+                "the firmware's variables could not be written: %s", one_line(error)
+            )
+        self._failing = True
 
     def _contents(self) -> bytes:
         offset = self._base - BOOTROM_BASE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from pybhyve.config import parse_int
-from pybhyve.options import POSITIONAL, Options, key
+from pybhyve.options import POSITIONAL, Options, key, parser
 
 SECTOR_MIN: Final = 512
 
@@ -17,6 +17,7 @@ class SectorSize(NamedTuple):
     physical: int
 
 
+@parser("L[/P]")
 def _sector_size(text: str) -> SectorSize:
     """Parse ``L[/P]``; P is L where it is not given."""
     first, slash, second = text.partition("/")
@@ -32,9 +33,6 @@ def _sector_size(text: str) -> SectorSize:
     ):
         raise ValueError(f"expected L or L/P, powers of two, {SECTOR_MIN} <= L <= P")
     return SectorSize(logical, physical)
-
-
-_sector_size.kind = "L[/P]"  # type: ignore[attr-defined]  # read by key()
 
 
 class BlockOptions(Options):

@@ -6,7 +6,7 @@ import hashlib
 import re
 from typing import Final
 
-from pybhyve.options import POSITIONAL, Options, key
+from pybhyve.options import POSITIONAL, Options, key, parser
 
 NETAPP_OUI: Final = bytes((0x00, 0xA0, 0x98))
 MULTICAST: Final = 1  # of a MAC address's first byte
@@ -14,6 +14,7 @@ MULTICAST: Final = 1  # of a MAC address's first byte
 _MAC = re.compile(r":".join([r"([0-9a-fA-F]{1,2})"] * 6), re.ASCII)
 
 
+@parser("MAC address")
 def parse_mac(text: str) -> bytes:
     """The six bytes of a unicast MAC address, ``00:a0:98:1:2:3``."""
     match = _MAC.fullmatch(text)
@@ -24,9 +25,6 @@ def parse_mac(text: str) -> bytes:
             "such as 00:a0:98:01:02:03"
         )
     return mac
-
-
-parse_mac.kind = "MAC address"  # type: ignore[attr-defined]  # read by key()
 
 
 def generate_mac(slot: int, func: int, vm_name: str) -> bytes:

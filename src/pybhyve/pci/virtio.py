@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from pybhyve.options import Options
@@ -127,7 +128,7 @@ class CommonRegs(RegBlock, size=0x38):  # 4.1.4.3
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
-class VirtioPci(PciDevice[OptionsT]):
+class VirtioPci(PciDevice[OptionsT], ABC):
     """Base of virtio devices.
 
     A subclass's ``__init__`` calls this one, then `PciDevice.set_ids`; it has `notify`
@@ -235,13 +236,13 @@ class VirtioPci(PciDevice[OptionsT]):
 
     # -- what a device overrides -----------------------------------------------------
 
+    @abstractmethod
     def notify(self, vq: VirtQueue) -> None:
         """The driver says that there are chains: take all of them.
 
         On a vCPU's thread, or that of a `Poller`; it must not wait.  For one queue on
         one thread at a time.
         """
-        raise NotImplementedError
 
     def device_config(self) -> bytes:
         """The device's configuration now, ``config_size`` bytes."""

@@ -10,7 +10,6 @@ import struct
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
-from pybhyve.config import parse_int
 from pybhyve.net import (
     FRAME_MAX,
     HEADER_LEGACY,
@@ -23,7 +22,7 @@ from pybhyve.net import (
     generate_mac,
     open_backend,
 )
-from pybhyve.options import key
+from pybhyve.options import integer, key
 from pybhyve.pci.emul import PciAddress
 from pybhyve.pci.pcireg import PCIC_NETWORK
 from pybhyve.pci.registry import pci_device
@@ -98,22 +97,13 @@ RX_BUDGET: Final = 64
 TX_BUDGET: Final = 64
 
 
-def parse_mtu(text: str) -> int:
-    """Bytes of the largest packet."""
-    mtu = parse_int(text)
-    if not MTU_MIN <= mtu <= MTU_MAX:
-        raise ValueError(f"expected {MTU_MIN} to {MTU_MAX}")
-    return mtu
-
-
-parse_mtu.kind = "integer"  # type: ignore[attr-defined]  # read by key()
-
-
 class VirtioNetOptions(NetOptions):
     """``pci.B.S.F.…`` of ``virtio-net``."""
 
     mtu: int | None = key(
-        None, parse=parse_mtu, doc="The MTU that the guest is told to use, in bytes."
+        None,
+        parse=integer(MTU_MIN, MTU_MAX),
+        doc="The MTU that the guest is told to use, in bytes.",
     )
 
 

@@ -196,6 +196,9 @@ class AtapiCd(SataDevice):
 
     # -- life ------------------------------------------------------------------------
 
+    def power_on(self) -> None:
+        """Nothing: how large a disc is, is seen whenever it is asked for."""
+
     def reset(self) -> None:
         """Settings as after power-on."""
         self._mode = MODE_DEFAULT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from pybhyve.block import BlockIf
@@ -21,7 +22,7 @@ EXECUTE_DEVICE_DIAGNOSTIC: Final = 0x90
 DIAGNOSTIC_PASSED: Final = 0x01
 
 
-class SataDevice:
+class SataDevice(ABC):
     """A device; its port calls it with the port's lock held."""
 
     SIGNATURE: ClassVar[int]
@@ -35,30 +36,34 @@ class SataDevice:
         """Answer through ``port``."""
         self.port = port
 
+    @abstractmethod
     def power_on(self) -> None:
         """Switched on, or its adapter was reset: `reset` follows."""
 
+    @abstractmethod
     def reset(self) -> None:
         """Settings as after power-on."""
 
+    @abstractmethod
     def soft_reset(self) -> None:
         """SRST, or DEVICE RESET: settings stay."""
 
+    @abstractmethod
     def execute(self, command: Command) -> None:
         """Do a command, or begin it.
 
         VmmError and PrdtOverflowError of its memory are the caller's.
         """
-        raise NotImplementedError
 
     def abort(self, command: Command) -> None:
         """End a command that cannot be done."""
         self.port.fail(command, ERR_ABRT)
 
+    @abstractmethod
     def save(self) -> dict[str, Any]:
         """The state as plain values."""
-        return {}
 
+    @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
         """Take back what save() gave."""
 
@@ -78,9 +83,9 @@ class SataDevice:
                 command, self.blk.read, iov, offset, then=self.transferred
             )
 
+    @abstractmethod
     def transferred(self, command: Command, error: int) -> None:
         """A transfer has ended, with an errno."""
-        raise NotImplementedError
 
 
 def ata_error(error: int, write: bool) -> int:

@@ -10,9 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pybhyve.block import BlockIf, BlockOptions
-from pybhyve.config import Node, parse_int
+from pybhyve.config import Node
 from pybhyve.errors import ConfigError, DeviceError
-from pybhyve.options import Options, key, numbered, one_of
+from pybhyve.options import Options, integer, key, numbered, one_of
 from pybhyve.pci.ahci.ahcireg import (
     CAP_ISS_GEN3,
     CAP_NCS,
@@ -78,23 +78,12 @@ CAP: Final = (
 TYPES: Final = ("hd", "cd")
 
 
-def _rotation_rate(text: str) -> int:
-    """Parse a word of IDENTIFY DEVICE."""
-    value = parse_int(text)
-    if not 0 <= value <= 0xFFFF:
-        raise ValueError("expected 0 to 65535")
-    return value
-
-
-_rotation_rate.kind = "integer"  # type: ignore[attr-defined]  # read by key()
-
-
 class AhciPortOptions(BlockOptions):
     """``pci.B.S.F.port.N.…``."""
 
     type: str = key(parse=one_of(*TYPES), doc="A disk (hd) or a CD drive (cd).")
     nmrr: int = key(
-        0, parse=_rotation_rate, doc="Rotations a minute; 1 is a solid state disk."
+        0, parse=integer(0, 0xFFFF), doc="Rotations a minute; 1 is a solid state disk."
     )
     ser: str | None = key(None, doc="Serial number, 20 characters.")
     rev: str = key("001", doc="Revision of the firmware, 8 characters.")

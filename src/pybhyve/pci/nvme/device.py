@@ -8,13 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from pybhyve.block import BlockIf, BlockOptions, SectorSize
 from pybhyve.config import Node, parse_int
 from pybhyve.errors import DeviceError
-from pybhyve.options import key, one_of, parse_legacy_config
+from pybhyve.options import integer, key, one_of, parse_legacy_config, parser
 from pybhyve.pci.emul import BAR_MEM64, PciAddress, PciDevice
 from pybhyve.pci.nvme.admin import Admin
 from pybhyve.pci.nvme.namespace import Namespace
@@ -84,17 +83,7 @@ STATE_VERSION: Final = 1
 BURST: Final = 64
 
 
-def _number(least: int, most: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = parse_int(text)
-        if not least <= value <= most:
-            raise ValueError(f"expected {least} to {most}")
-        return value
-
-    parse.kind = "integer"  # type: ignore[attr-defined]  # read by key()
-    return parse
-
-
+@parser("512|4096|8192")
 def _sector_size(text: str) -> int:
     value = parse_int(text)
     if value not in (512, 4096, 8192):
@@ -102,17 +91,12 @@ def _sector_size(text: str) -> int:
     return value
 
 
-_sector_size.kind = "512|4096|8192"  # type: ignore[attr-defined]  # read by key()
-
-
+@parser("integer")
 def _eui64(text: str) -> int:
     value = parse_int(text)
     if not 0 <= value < 1 << 64:
         raise ValueError("expected a number of 64 bits")
     return value
-
-
-_eui64.kind = "integer"  # type: ignore[attr-defined]  # read by key()
 
 
 class NvmeOptions(BlockOptions):
@@ -123,16 +107,20 @@ class NvmeOptions(BlockOptions):
         doc=f"I/O queues; {QUEUES_MAX} where it is none of 1 to {QUEUES_MAX}.",
     )
     qsz: int = key(
-        2048, parse=_number(QUEUE_MIN, QENTRIES_MAX), doc="Entries of a queue, at most."
+        2048, parse=integer(QUEUE_MIN, QENTRIES_MAX), doc="Entries of a queue, at most."
     )
     ioslots: int = key(
-        8, parse=_number(1, 65536), doc="I/O commands that are worked on at a time."
+        8, parse=integer(1, 65536), doc="I/O commands that are worked on at a time."
     )
     sectsz: int | None = key(
         None, parse=_sector_size, doc="Bytes of a block, instead of the disk's."
     )
     ser: str | None = key(None, doc="Serial number, 20 characters.")
-    eui64: int = key(0, parse=_eui64, doc="IEEE identifier; 0: one that is made up.")
+    eui64: int = key(
+        0,
+        parse=_eui64,
+        doc="IEEE identifier; 0: one that is made up.",
+    )
     dsm: str = key(
         "auto",
         parse=one_of("auto", "enable", "disable"),
@@ -140,7 +128,7 @@ class NvmeOptions(BlockOptions):
     )
     ram: int | None = key(
         None,
-        parse=_number(1, RAM_MAX),
+        parse=integer(1, RAM_MAX),
         doc="MiB of memory to have for a disk, instead of a file.",
     )
 
